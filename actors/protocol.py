@@ -1,0 +1,439 @@
+"""Every message of the system. Fields are positional on the wire: append only.
+
+Prompts are int32 token bytes (kv/tokens.py). Ranges are half-open, in tokens of the prompt; negative values count
+from the end; None means the whole prompt.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from callboard.bus import Address, Ask, Message, Refusal, Stream, Tell
+from callboard.kv.layout import KvLayout, SlotRun
+
+FinishReason = Literal["stop", "length", "abort"]
+
+# ---- values ------------------------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
+    """How tokens are chosen. Noise is a function of (seed, index, output position) alone."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+    index: int = 0
+    """Which of the ``n`` sequences of one request this is."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class KvAddr(msgspec.Struct, frozen=True, array_like=True):
+    """A reservation's slots, addressed so that it authenticates itself.
+
+    ``slots`` are those of the tokens ``[begin, end)``, in order.
+    """
+
+    manager: Address
+    epoch: str
+    reservation_id: str
+    layout: KvLayout
+    begin: int
+    end: int
+    slots: tuple[SlotRun, ...]
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """How busy an engine is."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    free_blocks: int = 0
+    num_blocks: int = 0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    queue_s: float = 0.0
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """What one sequence cost on the engine that generated it. Rides on the last Token."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV was already in place: prefix cache and received pages."""
+    num_computed_tokens: int
+    """Prompt tokens whose KV this engine computed, recomputation after preemption included."""
+    num_preemptions: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class BadRequest(Refusal):
+    """A request no engine of this fleet can serve as it is. The client must change it."""
+
+    sentence = "{reason}"
+
+
+# ---- the three verbs, and around them ----------------------------------------------------------------------------
+
+
+class Reserved(Message, frozen=True):
+    """The receiving side's answer: ``begin`` is the first token it still lacks."""
+
+    kv: KvAddr
+    begin: int
+    end: int
+    num_cached_tokens: int
+
+
+class PrepRecv(Ask[Reserved], frozen=True):
+    """To a KV manager: match the prompt, reserve blocks for what is missing of ``prompt[:end]``, under a lease.
+
+    Raises OutOfBlocks when the blocks are not free within ``wait_s``, BadRange.
+    """
+
+    request_id: str
+    attempt: int
+    prompt: bytes
+    end: int | None = None
+    wait_s: float = 0.0
+
+
+class Sent(Message, frozen=True):
+    """What a remote_send did; answered only when the receiver has sealed. Seconds may overlap: pages leave early."""
+
+    num_bytes: int
+    lane: str
+    num_computed_tokens: int
+    num_reused_tokens: int
+    queue_s: float
+    compute_s: float
+    send_s: float
+    tail_s: float
+    """Seconds spent sending after the last layer was computed."""
+
+
+class RemoteSend(Ask[Sent], frozen=True):
+    """To the KV manager of the sending engine: compute what ``prompt[:end]`` lacks, write ``[begin, end)`` to ``kv``.
+
+    Raises StaleReservation, BadRange, OutOfBlocks.
+    """
+
+    request_id: str
+    attempt: int
+    prompt: bytes
+    kv: KvAddr
+    begin: int
+    end: int | None
+    engine: str
+    wait_s: float = 0.0
+
+
+class Token(Message, frozen=True):
+    """One generated token. ``position`` counts output tokens from 0."""
+
+    position: int
+    id: int
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class StartGenerate(Stream[Token], frozen=True):
+    """To an engine: adopt the reservation, compute the KV of ``prompt[begin:]`` and decode."""
+
+    request_id: str
+    attempt: int
+    prompt: bytes
+    sampling: SamplingParams
+    begin: int | None = None
+    kv: KvAddr | None = None
+
+
+class Probed(Message, frozen=True):
+    """How much of a prompt is cached here, and how full the pool is."""
+
+    num_cached_tokens: int
+    free_blocks: int
+    num_blocks: int
+
+
+class Probe(Ask[Probed], frozen=True):
+    """To a KV manager: how much of this prompt is cached? Changes nothing."""
+
+    prompt: bytes
+
+
+class Done(Message, frozen=True):
+    """It was done, or there was nothing to do."""
+
+
+class Release(Ask[Done], frozen=True):
+    """To a KV manager: give the reservation back. Sealed blocks stay as prefix cache; a repeat does nothing."""
+
+    kv: KvAddr
+
+
+class Abort(Ask[Done], frozen=True):
+    """To an engine: end every sequence of this request. A repeat does nothing."""
+
+    request_id: str
+
+
+# ---- engine and its KV manager -----------------------------------------------------------------------------------
+
+
+class Attached(Message, frozen=True):
+    """The first item of Attach: the pool an engine may map."""
+
+    epoch: str
+    num_blocks: int
+    pool_path: str
+    """A unix socket that hands out the pool's file descriptor, or ``inproc:NAME`` within one process."""
+
+
+class Recall(Message, frozen=True):
+    """Give back unused slab blocks (by Give): somebody needs them."""
+
+    num_blocks: int
+
+
+class Attach(Stream[Attached | Recall], frozen=True):
+    """An engine's standing tie to its KV manager: when it ends, everything the engine held is given back.
+
+    Raises BadRequest if the engine's layout is not the pool's.
+    """
+
+    engine: str
+    layout: KvLayout
+    address: Address
+
+
+class Admitted(Message, frozen=True):
+    """A sequence's blocks: ``block_table`` is int32 bytes, ``num_cached_tokens`` tokens are in place already."""
+
+    block_table: bytes
+    num_cached_tokens: int
+
+
+class Admit(Ask[Admitted], frozen=True):
+    """Match ``tokens`` and lease blocks for all of them; with ``kv``, adopt that reservation once it is sealed.
+
+    Raises OutOfBlocks, StaleReservation.
+    """
+
+    engine: str
+    sequence_id: str
+    tokens: bytes
+    kv: KvAddr | None = None
+    wait_s: float = 0.0
+
+
+class Slab(Message, frozen=True):
+    """Free blocks an engine may use for growing sequences: int32 bytes, perhaps fewer than asked for, perhaps none."""
+
+    blocks: bytes
+
+
+class Refill(Ask[Slab], frozen=True):
+    """More slab blocks, please. Waits up to ``wait_s`` for the first one."""
+
+    engine: str
+    num_blocks: int
+    wait_s: float = 0.0
+
+
+class Give(Tell, frozen=True):
+    """Slab blocks that come back unused (int32 bytes)."""
+
+    engine: str
+    blocks: bytes
+
+
+class Seal(Tell, frozen=True):
+    """The KV of ``tokens`` is in place in ``block_table``: its full blocks may enter the prefix cache."""
+
+    engine: str
+    sequence_id: str
+    tokens: bytes
+    block_table: bytes
+
+
+class Finish(Tell, frozen=True):
+    """The sequence ended or was preempted: as Seal, and then all its blocks are given back."""
+
+    engine: str
+    sequence_id: str
+    tokens: bytes
+    block_table: bytes
+
+
+class LayersDone(Message, frozen=True):
+    """The KV of tokens ``[token_begin, token_end)`` is in place for layers ``[layer_begin, layer_end)``."""
+
+    layer_begin: int
+    layer_end: int
+    token_begin: int
+    token_end: int
+
+
+class KvComputed(Message, frozen=True):
+    """The last item of ComputeKv."""
+
+    num_computed_tokens: int
+    queue_s: float
+    compute_s: float
+
+
+class ComputeKv(Stream[LayersDone | KvComputed], frozen=True):
+    """KV manager to engine: compute the KV of ``tokens[num_cached_tokens:]`` into ``block_table``, which you borrow."""
+
+    request_id: str
+    tokens: bytes
+    block_table: bytes
+    num_cached_tokens: int
+
+
+# ---- KV manager and KV manager -----------------------------------------------------------------------------------
+
+
+class WriteOpened(Message, frozen=True):
+    """Leave to write, and the pool to write into."""
+
+    pool_path: str
+    num_blocks: int
+
+
+class OpenWrite(Ask[WriteOpened], frozen=True):
+    """The sending manager is about to write ``[begin, end)`` of a reservation. Raises StaleReservation, BadRange."""
+
+    reservation_id: str
+    epoch: str
+    write_id: str
+    begin: int
+    end: int
+
+
+class CloseWrite(Ask[Done], frozen=True):
+    """The write is over and will never touch the slots again; ``is_complete`` says whether all of it is in place."""
+
+    reservation_id: str
+    epoch: str
+    write_id: str
+    is_complete: bool
+
+
+class KvStats(Message, frozen=True):
+    """Where every block of a pool is. ``num_blocks = free + cached + leased + reserved + quarantined``."""
+
+    num_blocks: int
+    free: int
+    cached: int
+    """Held by the prefix cache alone: evictable."""
+    leased: int
+    """Held by engines: sequences and slabs."""
+    reserved: int
+    quarantined: int
+    num_reservations: int
+    num_evicted: int
+    problems: tuple[str, ...] = ()
+    """What check_integrity() found; empty when all is well."""
+
+
+class GetKvStats(Ask[KvStats], frozen=True):
+    """Count the blocks; first recall unused slab blocks if ``recall`` is set, and check integrity."""
+
+    recall: bool = False
+
+
+# ---- frontend and router -----------------------------------------------------------------------------------------
+
+
+class Generate(Stream[Token], frozen=True):
+    """Frontend to router: one sequence for one client."""
+
+    request_id: str
+    model: str
+    prompt: bytes
+    sampling: SamplingParams
+    priority: int = 0
+    headers: dict[str, str] = {}
+
+
+class SubRequest(Message, frozen=True):
+    """One call of a verb, as the router saw it. Times are seconds on the router's clock."""
+
+    request_id: str
+    verb: str
+    actor: str
+    start_s: float
+    end_s: float
+    num_bytes: int = 0
+    lane: str = ""
+    num_computed_tokens: int = 0
+    num_reused_tokens: int = 0
+    error: str = ""
+
+
+class SubRequests(Message, frozen=True):
+    """The sub-requests of the last requests, oldest first."""
+
+    items: tuple[SubRequest, ...]
+
+
+class GetSubRequests(Ask[SubRequests], frozen=True):
+    """To a router: the sub-requests of one request, or of the last ``limit`` requests."""
+
+    request_id: str | None = None
+    limit: int = 20
+
+
+# ---- directory ---------------------------------------------------------------------------------------------------
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """What the directory knows of an actor."""
+
+    name: str
+    kind: str
+    """engine, kv_manager, router, frontend, or what a user's actor calls itself."""
+    address: Address
+    state: str = "ready"
+    model: str = ""
+    roles: tuple[str, ...] = ()
+    device: str = ""
+    manager: Address | None = None
+    load: Load = Load()
+    detail: dict[str, str] = {}
+    pid: int = 0
+
+
+class View(Message, frozen=True):
+    """Everybody whose lease holds, ordered by name."""
+
+    version: int
+    entries: tuple[Entry, ...]
+
+
+class Register(Ask[Done], frozen=True):
+    """Enter, renew, or update an entry for ``lease_s`` seconds."""
+
+    entry: Entry
+    lease_s: float
+
+
+class Unregister(Ask[Done], frozen=True):
+    """Take an entry out at once."""
+
+    name: str
+
+
+class ListEntries(Ask[View], frozen=True):
+    """Everybody, now."""
+
+
+class Watch(Stream[View], frozen=True):
+    """The view now, and again whenever it changes."""

@@ -1,0 +1,251 @@
+"""A node's links: dialling, accepting, greeting, watching, breaking.
+
+Between two nodes there is one link at a time in each direction of dialling; a node speaks over the one it dialled,
+or over one the peer dialled if that was there first. A link that breaks is gone: the next message dials a new one.
+"""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .address import Address
+from .errors import ActorDied, LinkLost
+from .frames import PROTOCOL_VERSION, Bye, Frame, Hello, PeerInfo, Ping, Pong, Refused, Welcome, decode_batch
+from .link import Link
+from .liveness import ProcessWatch, local_host, own_pid
+from .tasks import Tasks
+from .transports.contract import Connection
+
+if TYPE_CHECKING:
+    from .node import Node
+    from .serving import Server
+
+log = logging.getLogger("callboard.bus")
+
+
+class LinkConfig(msgspec.Struct, frozen=True):
+    """Time limits and bounds of a node's links."""
+
+    dial_s: float = 1.0
+    """How long an endpoint where nobody listens is dialled again before giving up."""
+    redial_s: float = 0.05
+    hello_s: float = 15.0
+    """How long a peer that accepted may take to greet: a loaded process may be importing."""
+    ping_s: float = 1.0
+    silent_s: float = 20.0
+    """A peer not heard of for this long is cut off, though its process may be alive."""
+    max_backlog_bytes: int = 256 * 1024 * 1024
+    """A peer that lets this much pile up is cut off."""
+
+
+class Links:
+    """All links of one node. It is the transport's listener."""
+
+    def __init__(self, node: "Node", encode: Any, config: LinkConfig, server: "Server") -> None:
+        self.num_refused = 0
+        """Batches and peers turned away: malformed, out of order, of another fleet or version."""
+        self._node = node
+        self._encode = encode
+        self._config = config
+        self._server = server
+        self._tasks = Tasks(lambda error: log.error("in a link's task", exc_info=error))
+        self._by_key: dict[str, Link] = {}
+        self._by_connection: dict[Connection, Link] = {}
+        self._host = ""
+        self._pid = (0, 0)
+
+    def start(self) -> None:
+        """Begin to watch over the links."""
+        if self._node.exchange is None:  # Nodes of one process need not watch each other's.
+            self._host, self._pid = local_host(), own_pid()
+        self._tasks.spawn(self._ping())
+
+    async def stop(self) -> None:
+        """Say goodbye on every link and close."""
+        for link in dict.fromkeys([*self._by_connection.values(), *self._by_key.values()]):
+            link.post(Bye())
+            link.flush_now()
+            self._break(link, LinkLost("the node stopped"), "stopped")
+        await self._tasks.cancel()
+        await self._node.transport.stop()
+
+    def snapshot(self) -> list[tuple[str, bool]]:
+        """Return (peer, is open) of every link, by name."""
+        return sorted((link.name, link.is_open) for link in self._by_connection.values())
+
+    def to(self, address: Address) -> Link:
+        """Return the link to a node, dialling if there is none."""
+        key = _key(address.endpoint, address.node)
+        link = self._by_key.get(key)
+        if link is None:
+            link = self._new_link(address.endpoint)
+            self._by_key[key] = link
+            if address.endpoint:
+                link.dial_until = self._node.clock.now() + self._config.dial_s
+                self._dial(link)
+            else:
+                error = LinkLost(f"node {address.node} is not linked and cannot be dialled")
+                asyncio.get_running_loop().call_soon(self._break, link, error, "link_lost")
+        return link
+
+    def _new_link(self, endpoint: str) -> Link:
+        link = Link(
+            self._encode, self._node.incarnation, endpoint=endpoint, max_backlog_bytes=self._config.max_backlog_bytes
+        )
+        link.on_overflow = self._overflow
+        link.last_heard = self._node.clock.now()
+        return link
+
+    def _dial(self, link: Link) -> None:
+        if not link.is_broken:
+            link.connection = self._node.transport.dial(link.endpoint)
+            self._by_connection[link.connection] = link
+            link.send_now(self._info(Hello))
+
+    def _info(self, kind: type[Any]) -> Frame:
+        node = self._node
+        frame: Frame = kind(
+            PROTOCOL_VERSION, node.fleet, node.name, node.incarnation, node.endpoint, self._host, *self._pid
+        )
+        return frame
+
+    # ---- the transport's listener --------------------------------------------------------------------------------
+
+    def accepted(self, connection: Connection) -> None:
+        link = self._new_link("")
+        link.connection = connection
+        self._by_connection[connection] = link
+
+    def received(self, connection: Connection, batch: bytes) -> None:
+        # Hot: once per batch (bench/bus.py).
+        link = self._by_connection.get(connection)
+        if link is None:
+            return
+        try:
+            incarnation, sequence, frames = decode_batch(batch)
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._turn_away(link, f"sent a batch that is none: {error}")
+            return
+        if not link.accepts(incarnation, sequence):
+            self._turn_away(link, f"sent batch {sequence} of {incarnation} out of order")
+            return
+        link.last_heard = self._node.clock.now()
+        for frame in frames:
+            if link.is_broken:
+                return
+            if link.is_open:
+                self._on_frame(link, frame)
+            else:
+                self._greet(link, frame, incarnation)
+
+    def closed(self, connection: Connection, reason: str) -> None:
+        link = self._by_connection.pop(connection, None)
+        if link is None or link.is_broken:
+            return
+        link.connection = None
+        if link.peer is None and link.endpoint and self._node.clock.now() < link.dial_until:
+            asyncio.get_running_loop().call_later(self._config.redial_s, self._dial, link)
+        elif link.watch is not None and link.watch.is_dead():
+            self._died(link)
+        else:
+            self._break(link, LinkLost(f"the link to {link.name} broke: {reason}"), "link_lost")
+
+    # ---- frames --------------------------------------------------------------------------------------------------
+
+    def _greet(self, link: Link, frame: Frame, incarnation: str) -> None:
+        match frame:
+            case Hello() if not link.endpoint:
+                if reason := self._objection(frame, incarnation):
+                    link.send_now(Refused(reason))
+                    self._turn_away(link, f"was refused: {reason}")
+                    return
+                link.send_now(self._info(Welcome))
+            case Welcome() if link.endpoint:
+                if reason := self._objection(frame, incarnation):
+                    self._turn_away(link, reason)
+                    return
+            case Refused(reason) if link.endpoint:
+                self._turn_away(link, f"refused this node: {reason}")
+                return
+            case _:
+                self._turn_away(link, "did not begin with a greeting")
+                return
+        assert isinstance(frame, PeerInfo)
+        key = _key(frame.endpoint, frame.node)
+        old = self._by_key.get(key)
+        if old is not None and old is not link and old.peer is not None and old.peer.incarnation != frame.incarnation:
+            self._break(old, ActorDied(f"node {frame.node} was restarted"), "actor_died")
+        link.peer = frame
+        link.is_open = True
+        self._by_key.setdefault(key, link)
+        if frame.host and frame.host == self._host and frame.pid != self._pid[0]:
+            link.watch = ProcessWatch(frame.pid, frame.pid_start, lambda: self._died(link))
+        link.schedule_flush()
+
+    def _objection(self, info: PeerInfo, incarnation: str) -> str:
+        if info.version != PROTOCOL_VERSION:
+            return f"protocol version {info.version} is not {PROTOCOL_VERSION}"
+        if info.fleet != self._node.fleet:
+            return f"fleet {info.fleet!r} is not {self._node.fleet!r}"
+        if info.incarnation != incarnation:
+            return "the greeting and its batch name different incarnations"
+        return ""
+
+    def _on_frame(self, link: Link, frame: Frame) -> None:
+        match frame:
+            case Ping():
+                link.post(Pong())
+            case Pong():
+                pass
+            case Bye():
+                self._break(link, ActorDied(f"node {link.name} stopped"), "actor_died")
+            case Hello() | Welcome() | Refused():
+                self._turn_away(link, "greeted twice")
+            case _:
+                self._server.on_frame(link, frame)
+
+    # ---- ends ----------------------------------------------------------------------------------------------------
+
+    def _turn_away(self, link: Link, what: str) -> None:
+        self.num_refused += 1
+        log.warning("%s: peer %s %s", self._node.name, link.name or "(unknown)", what)
+        self._break(link, LinkLost(f"{link.name} {what}"), "link_lost")
+
+    def _died(self, link: Link) -> None:
+        self._break(link, ActorDied(f"the process of node {link.name} ended"), "actor_died")
+
+    def _overflow(self, link: Link) -> None:
+        if not link.is_broken:
+            self._turn_away(link, "does not read: too much is waiting for it")
+
+    def _break(self, link: Link, error: ActorDied | LinkLost, reason: str) -> None:
+        if link.is_broken:
+            return
+        if link.connection is not None:
+            self._by_connection.pop(link.connection, None)
+        link.close()
+        for key in [key for key, value in self._by_key.items() if value is link]:
+            del self._by_key[key]
+        for asked in list(link.asked.values()):
+            asked.forget()
+            asked.fail(error)
+        for served in list(link.served.values()):
+            served.end(reason)
+
+    async def _ping(self) -> None:
+        while True:
+            await self._node.clock.sleep(self._config.ping_s)
+            now = self._node.clock.now()
+            for link in list(self._by_connection.values()):
+                silent = now - link.last_heard
+                if silent > (self._config.silent_s if link.is_open else self._config.hello_s):
+                    error = LinkLost(f"{link.name} has not been heard of for {silent:.1f} s")
+                    self._break(link, error, "link_lost")
+                elif link.is_open and silent >= self._config.ping_s * 0.5:
+                    link.post(Ping())
+
+
+def _key(endpoint: str, node: str) -> str:
+    return endpoint or f"node:{node}"

@@ -1,0 +1,68 @@
+"""Refs: how an actor is spoken to. They travel inside messages and work wherever they arrive."""
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .address import Address
+from .calls import DEFAULT_CREDIT
+from .messages import Ask, Stream, Tell
+
+if TYPE_CHECKING:
+    from .node import Node
+
+R = TypeVar("R")
+I = TypeVar("I")  # noqa: E741
+I_co = TypeVar("I_co", covariant=True)
+
+
+class Items(Protocol[I_co]):
+    """What a stream gives inside its scope."""
+
+    def __aiter__(self) -> "Items[I_co]": ...
+
+    async def __anext__(self) -> I_co: ...
+
+    def take_ready(self) -> list[Any]:
+        """Return all items that are here now, without waiting; perhaps none."""
+
+
+class Ref:
+    """An actor, wherever it is, as seen from one node."""
+
+    __slots__ = ("_node", "address")
+
+    def __init__(self, node: "Node", address: Address) -> None:
+        self._node = node
+        self.address = address
+
+    def tell(self, message: Tell) -> None:
+        """Send one way, at most once. Never raises for a peer that is gone."""
+        self._node.send_tell(self.address, message)
+
+    async def ask(self, message: Ask[R], *, timeout: float | None = None) -> R:
+        """Send, and return the one answer.
+
+        ``timeout`` in seconds; by default what remains of the call being served, else 30. Raises what the far side
+        refused with, ActorDied, LinkLost or AskTimeout. Cancelling cancels the far side.
+        """
+        answer: R = await self._node.send_ask(self.address, message, timeout)
+        return answer
+
+    def stream(
+        self, message: Stream[I], *, timeout: float | None = None, credit: int = DEFAULT_CREDIT
+    ) -> AbstractAsyncContextManager[Items[I]]:
+        """Open a stream as a scope: ``async with ref.stream(m) as items: async for item in items``.
+
+        Leaving the scope cancels the far side. ``credit`` items at most are under way or waiting here. Iterating
+        raises what ended the stream badly, as ``ask`` does.
+        """
+        return self._node.open_stream(self.address, message, timeout, credit)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ref) and other.address == self.address
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+    def __repr__(self) -> str:
+        return f"Ref({self.address})"

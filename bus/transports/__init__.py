@@ -1,0 +1,1 @@
+"""How batches of bytes move between nodes."""
