@@ -38,7 +38,7 @@ async def start_actor(node: Node, name: str, actor: Actor, *, directory: Ref | N
     actor.name = name
     actor.directory = directory
     actor._tasks = Tasks(lambda error: node.crash(name, error))
-    actor.ref = node.add(name, actor)
+    actor.ref = node.add(name, actor, after_crash=actor._tasks.cancel)
     try:
         await actor.start()
     except BaseException:

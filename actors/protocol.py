@@ -4,78 +4,17 @@ Prompts are int32 token bytes (kv/tokens.py). Ranges are half-open, in tokens of
 from the end; None means the whole prompt.
 """
 
-from typing import Literal
-
 import msgspec
 
-from callboard.bus import Address, Ask, Message, Refusal, Stream, Tell
-from callboard.kv.layout import KvLayout, SlotRun
+from callboard.bus import Address, Ask, Message, Stream, Tell
+from callboard.kv.layout import KvLayout
 
-FinishReason = Literal["stop", "length", "abort"]
-
-# ---- values ------------------------------------------------------------------------------------------------------
-
-
-class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
-    """How tokens are chosen. Noise is a function of (seed, index, output position) alone."""
-
-    max_tokens: int = 16
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
-    index: int = 0
-    """Which of the ``n`` sequences of one request this is."""
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-
-
-class KvAddr(msgspec.Struct, frozen=True, array_like=True):
-    """A reservation's slots, addressed so that it authenticates itself.
-
-    ``slots`` are those of the tokens ``[begin, end)``, in order.
-    """
-
-    manager: Address
-    epoch: str
-    reservation_id: str
-    layout: KvLayout
-    begin: int
-    end: int
-    slots: tuple[SlotRun, ...]
-
-
-class Load(msgspec.Struct, frozen=True, array_like=True):
-    """How busy an engine is."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    free_blocks: int = 0
-    num_blocks: int = 0
-    prefill_tps: float = 0.0
-    decode_tps: float = 0.0
-    queue_s: float = 0.0
-
-
-class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """What one sequence cost on the engine that generated it. Rides on the last Token."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    """Prompt tokens whose KV was already in place: prefix cache and received pages."""
-    num_computed_tokens: int
-    """Prompt tokens whose KV this engine computed, recomputation after preemption included."""
-    num_preemptions: int
-    queue_s: float
-    prefill_s: float
-    decode_s: float
-
-
-class BadRequest(Refusal):
-    """A request no engine of this fleet can serve as it is. The client must change it."""
-
-    sentence = "{reason}"
-
+from .values import BadRequest as BadRequest
+from .values import FinishReason as FinishReason
+from .values import KvAddr as KvAddr
+from .values import Load as Load
+from .values import SamplingParams as SamplingParams
+from .values import Usage as Usage
 
 # ---- the three verbs, and around them ----------------------------------------------------------------------------
 

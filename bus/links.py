@@ -158,7 +158,6 @@ class Links:
         match frame:
             case Hello() if not link.endpoint:
                 if reason := self._objection(frame, incarnation):
-                    link.send_now(Refused(reason))
                     self._turn_away(link, f"was refused: {reason}")
                     return
                 link.send_now(self._info(Welcome))
@@ -166,8 +165,8 @@ class Links:
                 if reason := self._objection(frame, incarnation):
                     self._turn_away(link, reason)
                     return
-            case Refused(reason) if link.endpoint:
-                self._turn_away(link, f"refused this node: {reason}")
+            case Refused(reason):
+                self._break(link, LinkLost(f"{link.name} turned this node away: it {reason}"), "link_lost")
                 return
             case _:
                 self._turn_away(link, "did not begin with a greeting")
@@ -201,7 +200,9 @@ class Links:
                 pass
             case Bye():
                 self._break(link, ActorDied(f"node {link.name} stopped"), "actor_died")
-            case Hello() | Welcome() | Refused():
+            case Refused(reason):
+                self._break(link, LinkLost(f"{link.name} cut the link: this node {reason}"), "link_lost")
+            case Hello() | Welcome():
                 self._turn_away(link, "greeted twice")
             case _:
                 self._server.on_frame(link, frame)
@@ -211,6 +212,8 @@ class Links:
     def _turn_away(self, link: Link, what: str) -> None:
         self.num_refused += 1
         log.warning("%s: peer %s %s", self._node.name, link.name or "(unknown)", what)
+        if link.connection is not None:
+            link.send_now(Refused(what))  # Else a peer that dialled would wait for answers until its deadlines.
         self._break(link, LinkLost(f"{link.name} {what}"), "link_lost")
 
     def _died(self, link: Link) -> None:

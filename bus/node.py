@@ -8,7 +8,7 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -30,6 +30,7 @@ from .tasks import Tasks
 from .transports.contract import Transport
 
 T = TypeVar("T")
+AfterCrash = Callable[[], Coroutine[Any, Any, None]]
 log = logging.getLogger("callboard.bus")
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -71,6 +72,7 @@ class Node:
         """Objects shared with the other nodes of this process; None between processes."""
         self._encode = msgspec.msgpack.Encoder(enc_hook=_encode_ref).encode
         self._on_crash = on_crash
+        self._after_crash: dict[str, AfterCrash] = {}
         self._crashes = Tasks(lambda error: log.error("while stopping a broken actor", exc_info=error))
         self._server = Server(self)
         self._links = Links(self, self._encode, links or LinkConfig(), self._server)
@@ -104,19 +106,30 @@ class Node:
 
     # ---- actors --------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, actor: object) -> Ref:
-        """Make ``actor`` reachable as ``name``: any object with ``on_*`` handlers. Raises ValueError, TypeError."""
+    def add(
+        self, name: str, actor: object, *, after_crash: Callable[[], Coroutine[Any, Any, None]] | None = None
+    ) -> Ref:
+        """Make ``actor`` reachable as ``name``: any object with ``on_*`` handlers. Raises ValueError, TypeError.
+
+        ``after_crash`` is run once if a bug stops the actor: to end what it has under way.
+        """
         self._server.add(Mailbox(name, actor, self._decode_ref))
+        if after_crash is not None:
+            self._after_crash[name] = after_crash
         return Ref(self, self.address_of(name))
 
     def remove(self, name: str) -> None:
         """Take an actor off the bus: what it serves ends with ActorDied. Unknown names are ignored."""
+        self._after_crash.pop(name, None)
         self._server.remove(name, f"{name}@{self.name} was stopped")
 
     def crash(self, name: str, error: BaseException) -> None:
         """Stop an actor because of a bug in it; ``on_crash`` hears of it (a process then exits)."""
         log.error("actor %s crashed", name, exc_info=error)
         self._server.remove(name, f"{name}@{self.name} crashed: {type(error).__name__}: {error}")
+        after_crash = self._after_crash.pop(name, None)
+        if after_crash is not None:
+            self._crashes.spawn(after_crash())
         if self._on_crash is not None:
             self._on_crash(name, error)
 
@@ -186,6 +199,8 @@ class Node:
         self, link: Link, to: Address, message: Message, kind: int, call_id: int, timeout: float | None, credit: int
     ) -> Post:
         request_id = getattr(message, "request_id", "")
+        if not isinstance(request_id, str):
+            request_id = ""
         if not request_id and (call := current_call()) is not None:
             request_id = call.request_id
         if self.tap is not None:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
 }
 ROUTER_MAY_ALSO = {
     "callboard.actors.protocol",
+    "callboard.actors.values",
     "callboard.actors.actor",
     "callboard.actors.directory",
     "callboard.actors.registration",

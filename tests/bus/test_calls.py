@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from callboard.actors.actor import Actor, start_actor
 from callboard.bus import (
     FOREVER,
     ActorDied,
@@ -133,7 +134,7 @@ async def pair(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens behind a socket
+        while not condition():
             await asyncio.sleep(0.001)
 
 
@@ -260,6 +261,32 @@ async def test_nothing_is_left_after_calls_have_ended(pair: Pair) -> None:
         assert not node._server._serving
 
 
+class Maybe(Ask[Text], frozen=True):
+    request_id: str | None = None
+
+
+class Asker:
+    def on_maybe(self, message: Maybe) -> Text:
+        return Text(str(message.request_id))
+
+
+async def test_an_absent_request_id_is_no_protocol_error(pair: Pair) -> None:
+    ref = pair.second.ref(pair.first.add("asker", Asker()).address)
+    assert await ref.ask(Maybe()) == Text("None")
+
+
+async def test_a_peer_that_is_cut_off_hears_of_it_and_may_dial_again(pair: Pair) -> None:
+    pending = asyncio.ensure_future(_error_of(pair.ref, EchoLater("x", 60)))
+    await pair.ref.ask(Echo("arrived"))
+    (link,) = pair.second._links._by_connection.values()
+    assert link.connection is not None
+    link.connection.send(b"no batch at all")
+    async with asyncio.timeout(5):
+        assert isinstance(await pending, LinkLost)
+    assert pair.first._links.num_refused >= 1
+    assert await pair.ref.ask(Echo("again")) == Text("again")
+
+
 async def test_nodes_of_different_fleets_refuse_each_other(tmp_path: Path) -> None:
     async with (
         Node("a", endpoint=f"ipc://{tmp_path}/a.sock", fleet="red") as a,
@@ -286,3 +313,29 @@ async def test_an_actor_of_the_same_node_is_reached_without_a_link(tmp_path: Pat
             assert [item async for item in items] == list(range(1000))
         with pytest.raises(TooMany):
             await ref.ask(Echo("refuse"))
+
+
+async def test_a_bug_ends_the_tasks_of_its_actor(tmp_path: Path) -> None:
+    class Worker(Actor):
+        is_cancelled = False
+
+        async def start(self) -> None:
+            self.spawn(self.work())
+
+        async def work(self) -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.is_cancelled = True
+
+        async def on_break(self, message: Break) -> Text:
+            raise ZeroDivisionError("a bug")
+
+    crashes: list[str] = []
+    async with Node("a", on_crash=lambda name, error: crashes.append(name)) as a:
+        worker = Worker()
+        ref = await start_actor(a, "worker", worker)
+        with pytest.raises(ActorDied):
+            await ref.ask(Break())
+        await until(lambda: worker.is_cancelled)
+    assert crashes == ["worker"]

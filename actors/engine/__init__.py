@@ -1,0 +1,1 @@
+"""The engine: a scheduler, a runner, and the actor around them."""

@@ -1,0 +1,107 @@
+"""Everything an engine and its KV manager say to each other about blocks: admission, the slab, sealing, giving back."""
+
+from collections.abc import Callable
+
+from callboard.actors.actor import Actor
+from callboard.actors.protocol import Admit, Finish, Give, KvAddr, Refill, Seal
+from callboard.bus import FOREVER, BusError, LinkLost, UnknownActor, current_call
+from callboard.kv.tokens import pack_tokens, unpack_tokens
+
+from .attachment import Attachment
+from .scheduler import Released, Scheduler
+from .sequence import Sequence
+
+REFILL_RETRY_S = 0.02
+"""After a refill that brought nothing, while nobody lacks a block."""
+REFILL_TIMEOUT_S = 30.0
+ALONE_WAIT_S = 1.0
+LONGEST_WAIT_S = 3600.0
+
+
+class BlockSupply:
+    """Blocks for one engine's scheduler, over its attachment. ``on_change`` is called when some have come."""
+
+    def __init__(
+        self, actor: Actor, engine: str, scheduler: Scheduler, attachment: Attachment, on_change: Callable[[], None]
+    ) -> None:
+        self._actor = actor
+        self._engine = engine
+        self._scheduler = scheduler
+        self._attachment = attachment
+        self._manager = attachment.manager
+        self._on_change = on_change
+        self._is_refilling = False
+        self._refill_again_s = 0.0
+
+    async def admit(self, sequence: Sequence, kv: KvAddr | None) -> None:
+        """Get a sequence blocks for all its tokens and hand it to the scheduler; wait for them as long as the call.
+
+        Raises OutOfBlocks, StaleReservation, LinkLost; then the sequence holds nothing.
+        """
+        await self._attachment.wait()
+        attachment = self._attachment.count
+        call = current_call()
+        remaining_s = FOREVER if call is None else call.remaining_s()
+        # A little less than the call has, so that the answer is OutOfBlocks and not silence.
+        wait_s = min(0.95 * remaining_s, LONGEST_WAIT_S)
+        is_placed = False
+        try:
+            message = Admit(self._engine, sequence.sequence_id, pack_tokens(sequence.tokens), kv, wait_s)
+            admitted = await self._manager.ask(message, timeout=remaining_s)
+            if not self._attachment.is_current(attachment):
+                raise LinkLost(f"{self._engine} lost its KV manager")
+            sequence.place(admitted.block_table, admitted.num_cached_tokens)
+            self._scheduler.add(sequence)
+            is_placed = True
+        except UnknownActor as error:
+            # The manager has been restarted, and the end of the attachment is on its way here.
+            raise LinkLost(f"{self._engine} is not attached to its KV manager: {error}") from None
+        finally:
+            if not is_placed:
+                # The answer may have been under way when the caller left: its blocks would be nobody's.
+                self._manager.tell(Finish(self._engine, sequence.sequence_id, b"", b""))
+        self._on_change()
+
+    def seal(self, sequence: Sequence) -> None:
+        """Let others reuse what the sequence has in place."""
+        in_place = pack_tokens(sequence.tokens[: sequence.num_computed_tokens])
+        self._manager.tell(Seal(self._engine, sequence.sequence_id, in_place, sequence.block_table.tobytes()))
+
+    def give_back(self, released: Released) -> None:
+        """Give back the blocks of a sequence that has left the scheduler."""
+        sequence = released.sequence
+        in_place = pack_tokens(sequence.tokens[: released.num_computed_tokens])
+        self._manager.tell(Finish(self._engine, sequence.sequence_id, in_place, released.block_table))
+
+    def recall(self, num_blocks: int) -> None:
+        """Give back unused blocks of the slab, because somebody else needs them."""
+        if len(self._scheduler.slab):
+            self._manager.tell(Give(self._engine, self._scheduler.slab.give(num_blocks)))
+
+    def refill(self, *, is_urgent: bool) -> None:
+        """Ask for slab blocks in the background where the slab wants some, or give it back where nobody needs it."""
+        slab = self._scheduler.slab
+        if not self._attachment.is_attached or self._is_refilling:
+            return
+        if not slab.target and len(slab):
+            self._manager.tell(Give(self._engine, slab.give()))
+        if slab.wants and (is_urgent or self._actor.node.clock.now() >= self._refill_again_s):
+            self._is_refilling = True
+            self._actor.spawn(self._await_refill(slab.wants, self._attachment.count))
+
+    async def _await_refill(self, num_blocks: int, attachment: int) -> None:
+        # Somebody alone has nobody to preempt but itself: it is better to wait for another engine's blocks.
+        wait_s = ALONE_WAIT_S if self._scheduler.num_generating <= 1 else 0.0
+        clock = self._actor.node.clock
+        try:
+            answer = await self._manager.ask(Refill(self._engine, num_blocks, wait_s), timeout=REFILL_TIMEOUT_S)
+            blocks = unpack_tokens(answer.blocks)
+        except BusError:
+            blocks = []  # The end of the attachment will say why.
+            await clock.sleep(REFILL_RETRY_S)
+        finally:
+            self._is_refilling = False
+        if self._attachment.is_current(attachment):
+            self._scheduler.slab.refill(blocks)
+            self._refill_again_s = clock.now() + (0.0 if blocks else REFILL_RETRY_S)
+            self._on_change()

@@ -1,0 +1,54 @@
+"""What an engine checks of a request before it takes it in. Everything behind this door may rely on it."""
+
+import math
+
+import msgspec
+
+from callboard.actors.protocol import BadRequest, SamplingParams
+from callboard.kv.layout import BadRange
+from callboard.kv.tokens import unpack_tokens
+
+
+class Door(msgspec.Struct, frozen=True):
+    """The limits of one engine."""
+
+    vocab_size: int
+    max_model_len: int
+
+    def check_prompt(self, prompt: bytes, *, is_generating: bool) -> list[int]:
+        """Return a prompt's token ids. Raises BadRequest."""
+        try:
+            tokens = unpack_tokens(prompt)
+        except ValueError:
+            raise BadRequest(reason=f"a prompt of {len(prompt)} bytes holds no whole number of int32 ids") from None
+        if not tokens:
+            raise BadRequest(reason="the prompt is empty")
+        longest = self.max_model_len - is_generating
+        if len(tokens) > longest:
+            raise BadRequest(reason=f"the prompt has {len(tokens)} tokens, and this model takes at most {longest}")
+        lowest, highest = min(tokens), max(tokens)
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise BadRequest(reason=f"token id {wrong} is not in the vocabulary of {self.vocab_size}")
+        return tokens
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raise BadRequest for parameters that mean nothing."""
+    if sampling.max_tokens < 1:
+        raise BadRequest(reason=f"max_tokens must be at least 1, not {sampling.max_tokens}")
+    if not (math.isfinite(sampling.temperature) and 0.0 <= sampling.temperature <= 100.0):
+        raise BadRequest(reason=f"temperature must lie between 0 and 100, not {sampling.temperature}")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise BadRequest(reason=f"top_p must be above 0 and at most 1, not {sampling.top_p}")
+    if sampling.top_k is not None and sampling.top_k < 1:
+        raise BadRequest(reason=f"top_k must be absent or at least 1, not {sampling.top_k}")
+
+
+def check_begin(begin: int | None, num_tokens: int) -> None:
+    """Raise BadRange unless ``begin`` leaves at least one token of the prompt to compute, or none is given."""
+    if begin is None:
+        return
+    first = begin + num_tokens if begin < 0 else begin
+    if not 0 <= first <= num_tokens:
+        raise BadRange(begin=begin, end=num_tokens, num_tokens=num_tokens, reason="it begins outside of the prompt")

@@ -1,0 +1,347 @@
+"""The engine actor: one replica of a model, generating tokens, and computing KV for its manager.
+
+A shell around the synchronous scheduler: it admits sequences before the scheduler sees them, runs its steps in a worker
+thread, and carries out what comes of them. Nothing here decides what is computed next.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from callboard.actors.actor import Actor
+from callboard.actors.protocol import (
+    Abort,
+    Attach,
+    BadRequest,
+    ComputeKv,
+    Done,
+    Entry,
+    KvAddr,
+    KvComputed,
+    LayersDone,
+    Load,
+    Probe,
+    StartGenerate,
+    Token,
+)
+from callboard.actors.registration import Registration
+from callboard.bus import ActorDied, BusError, LinkLost
+from callboard.kv.page_store import PageStore
+from callboard.kv.tokens import num_tokens
+
+from .attachment import Attachment
+from .block_supply import BlockSupply
+from .config import EngineConfig
+from .door import Door, check_begin, check_sampling
+from .generation import Generation
+from .runners import make_runner
+from .scheduler import Emit, Prefilled, Released, Scheduler
+from .sequence import Sequence
+from .step import Runner, Step, StepResult
+from .throughput import Throughput
+
+REPORT_S = 0.25
+"""How often the directory hears of the load, where it has changed."""
+
+
+class Engine(Actor):
+    """Serves StartGenerate, ComputeKv and Abort. Its blocks are its manager's, and end with their tie."""
+
+    Config = EngineConfig
+
+    runner: Runner
+    scheduler: Scheduler
+    supply: BlockSupply
+    attachment: Attachment
+    door: Door
+    registration: Registration
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.throughput = Throughput()
+        self._generations: dict[str, Generation] = {}
+        self._places = asyncio.Semaphore(config.max_num_seqs)
+        self._wake = asyncio.Event()
+        self._stepped = asyncio.Event()
+        """Set while no step is under way."""
+        self._stepped.set()
+        self._started = asyncio.Event()
+        self._is_stopping = False
+        self._free_blocks = 0
+        self._num_blocks = 0
+
+    async def start(self) -> None:
+        config, node = self.config, self.node
+        self.runner = await node.run_blocking(make_runner, config)
+        if config.runner == "simulated" and config.simulated.load_s:
+            await node.clock.sleep(config.simulated.load_s)
+        self.scheduler = Scheduler(
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.runner.facts.max_model_len,
+            eos_token_ids=self.runner.facts.eos_token_ids,
+        )
+        self.attachment = Attachment(
+            node,
+            node.ref(config.manager),
+            Attach(config.name, self.runner.layout, self.ref.address),
+            on_attached=self._on_attached,
+            on_recall=lambda num_blocks: self.supply.recall(num_blocks),
+            on_lost=self._on_lost,
+        )
+        self.supply = BlockSupply(self, config.name, self.scheduler, self.attachment, self._wake.set)
+        attaching, attached = self.spawn(self.attachment.run()), self.spawn(self.attachment.wait())
+        await asyncio.wait((attaching, attached), return_when=asyncio.FIRST_COMPLETED)
+        if attaching.done():
+            await attaching
+        entry = Entry(
+            name=config.name,
+            kind="engine",
+            address=self.ref.address,
+            model=config.model or config.name,
+            roles=config.roles,
+            device=config.device,
+            manager=config.manager,
+            load=self.load(),
+        )
+        self.registration = Registration(self, entry)
+        self.spawn(self._run_steps())
+        self.spawn(self._report_load())
+        self._started.set()
+
+    async def stop(self) -> None:
+        self._is_stopping = True
+        if self._started.is_set():
+            await self._on_lost(ActorDied(f"{self.name}@{self.node.name} was stopped"))
+
+    # ---- handlers ------------------------------------------------------------------------------------------------
+
+    async def on_start_generate(self, message: StartGenerate) -> AsyncIterator[Token]:
+        await self._started.wait()
+        check_sampling(message.sampling)
+        prompt = self.door.check_prompt(message.prompt, is_generating=True)
+        check_begin(message.begin, len(prompt))
+        sequence_id = f"{message.request_id}/{self.node.new_id()}"
+        sequence = Sequence(sequence_id, prompt, message.sampling, request_id=message.request_id)
+        generation = Generation(sequence, now=self.node.clock.now())
+        self._generations[sequence_id] = generation
+        kv = message.kv
+        try:
+            while True:
+                if generation.needs_admission:
+                    await self._admit(generation, kv)
+                    kv = None
+                item = await generation.read()
+                self._was_read(generation)
+                if isinstance(item, Token):
+                    yield item
+                    if item.finish_reason is not None:
+                        return
+        finally:
+            self._leave(generation)
+
+    async def on_compute_kv(self, message: ComputeKv) -> AsyncIterator[LayersDone | KvComputed]:
+        await self._started.wait()
+        tokens = self.door.check_prompt(message.tokens, is_generating=False)
+        num_slots = num_tokens(message.block_table) * self.config.block_size
+        if not 0 <= message.num_cached_tokens <= len(tokens) <= num_slots:
+            raise BadRequest(reason=f"{num_slots} slots do not hold {len(tokens)} tokens")
+        if not self.attachment.is_attached:
+            raise LinkLost(f"{self.name} is not attached to its KV manager")
+        sequence_id = f"{message.request_id}/{self.node.new_id()}"
+        sequence = Sequence(sequence_id, tokens, None, request_id=message.request_id)
+        sequence.place(message.block_table, message.num_cached_tokens)
+        generation = Generation(sequence, now=self.node.clock.now())
+        generation.needs_admission = False
+        self._generations[sequence_id] = generation
+        if sequence.num_uncomputed_tokens:
+            self.scheduler.add(sequence)
+            self._wake.set()
+        else:
+            generation.computed(self.node.clock.now())
+        try:
+            while True:
+                item = await generation.read()
+                assert isinstance(item, LayersDone | KvComputed)
+                yield item
+                if isinstance(item, KvComputed):
+                    return
+        finally:
+            self._leave(generation)
+
+    async def on_abort(self, message: Abort) -> Done:
+        """Answered when no step writes the request's blocks any more."""
+        if not self._started.is_set():
+            return Done()
+        for generation in list(self._generations.values()):
+            if generation.sequence.request_id == message.request_id:
+                generation.abort(self.node.clock.now())
+                self.scheduler.abort(generation.sequence.sequence_id)
+        self._wake.set()
+        # Also where the scheduler knows nothing of it: it may have been dropped from under a step.
+        await self._stepped.wait()
+        return Done()
+
+    # ---- sequences -----------------------------------------------------------------------------------------------
+
+    async def _admit(self, generation: Generation, kv: KvAddr | None) -> None:
+        """Wait for a place, and for blocks; ends at once when the generation is aborted meanwhile."""
+        async with generation.interruptible():
+            if not generation.has_place:
+                await self._places.acquire()
+                generation.has_place = True
+            await self.supply.admit(generation.sequence, kv)
+        generation.needs_admission = False
+
+    def _was_read(self, generation: Generation) -> None:
+        generation.read_s = self.node.clock.now()
+        if generation.sequence.is_paused and generation.num_unread * 2 <= self.config.max_buffered_tokens:
+            generation.sequence.is_paused = False
+            self._wake.set()
+
+    def _leave(self, generation: Generation) -> None:
+        """The stream is over: end its sequence, if that goes on."""
+        if generation.has_place:
+            generation.has_place = False
+            self._places.release()
+        self._generations.pop(generation.sequence.sequence_id, None)
+        self.scheduler.abort(generation.sequence.sequence_id)
+        self._wake.set()
+
+    def _pause_if_unread(self, generation: Generation) -> None:
+        if generation.num_unread < self.config.max_buffered_tokens or generation.sequence.finish_reason is not None:
+            return
+        generation.sequence.is_paused = True
+        if not generation.is_watched:
+            generation.is_watched = True
+            self.spawn(self._watch_stall(generation))
+
+    async def _watch_stall(self, generation: Generation) -> None:
+        """Abort a paused sequence once nothing of it has been read for ``stall_s``."""
+        sequence, clock = generation.sequence, self.node.clock
+        while sequence.is_paused and sequence.sequence_id in self._generations:
+            left_s = generation.read_s + self.config.stall_s - clock.now()
+            if left_s <= 0:
+                generation.abort(clock.now())
+                self.scheduler.abort(sequence.sequence_id)
+                self._wake.set()
+                break
+            await clock.sleep(left_s)
+        generation.is_watched = False
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    async def _run_steps(self) -> None:
+        while not self._is_stopping:
+            self._carry_out()
+            step = self.scheduler.schedule()
+            self._carry_out()
+            self.supply.refill(is_urgent=not step.chunks)
+            if step.chunks:
+                await self._run_step(step)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _run_step(self, step: Step) -> None:
+        begin_s = self.node.clock.now()
+        for chunk in step.chunks:
+            if generation := self._generations.get(chunk.sequence_id):
+                generation.started(begin_s)
+        self._stepped.clear()
+        try:
+            result = await self._compute(step)
+            self.throughput.observe(step, self.node.clock.now() - begin_s)
+            self.scheduler.apply(step, result)
+        finally:
+            self._stepped.set()
+
+    async def _compute(self, step: Step) -> StepResult:
+        """Run a step in the worker thread; a simulated one takes its time here, group by group of layers."""
+        if self.config.runner != "simulated":
+            loop = asyncio.get_running_loop()
+            return await self.node.run_blocking(
+                self.runner.run, step, lambda *layers: loop.call_soon_threadsafe(self._report_layers, step, *layers)
+            )
+        groups: list[tuple[int, int]] = []
+        result = await self.node.run_blocking(self.runner.run, step, lambda *layers: groups.append(layers))
+        for layers in groups:
+            await self.node.clock.sleep(result.duration_s / len(groups))
+            self._report_layers(step, *layers)
+        if not groups:
+            await self.node.clock.sleep(result.duration_s)
+        return result
+
+    def _report_layers(self, step: Step, layer_begin: int, layer_end: int) -> None:
+        now = self.node.clock.now()
+        for chunk in step.chunks:
+            if chunk.is_kv_only and (generation := self._generations.get(chunk.sequence_id)):
+                generation.put(LayersDone(layer_begin, layer_end, chunk.begin, chunk.end), now)
+
+    def _carry_out(self) -> None:
+        """Do what the scheduler has left to be done."""
+        now = self.node.clock.now()
+        for instruction in self.scheduler.take_instructions():
+            generation = self._generations.get(instruction.sequence.sequence_id)
+            if isinstance(instruction, Prefilled):
+                self.supply.seal(instruction.sequence)
+            elif isinstance(instruction, Released):
+                self._carry_out_release(instruction, generation, now)
+            elif isinstance(instruction, Emit) and generation is not None:
+                generation.emit(instruction.sample, instruction.position, instruction.finish_reason, now)
+                self._pause_if_unread(generation)
+
+    def _carry_out_release(self, released: Released, generation: Generation | None, now: float) -> None:
+        if released.sequence.is_kv_only:
+            if generation is not None and not released.sequence.num_uncomputed_tokens:
+                generation.computed(now)
+            return
+        self.supply.give_back(released)
+        if released.is_preempted and generation is not None:
+            # The refill goes first, or the preempted would take back the very blocks it was to make room with.
+            self.supply.refill(is_urgent=True)
+            generation.preempted()
+
+    # ---- the pool ------------------------------------------------------------------------------------------------
+
+    def _on_attached(self, store: PageStore) -> None:
+        self.runner.map_pool(store.view, store.num_blocks)
+        facts = self.runner.facts
+        pool_len = store.num_blocks * self.config.block_size
+        max_model_len = min(self.config.max_model_len or facts.max_model_len, facts.max_model_len, pool_len)
+        self.scheduler.max_model_len = max_model_len
+        self.door = Door(facts.vocab_size, max_model_len)
+        self._num_blocks = self._free_blocks = store.num_blocks
+
+    async def _on_lost(self, error: BusError) -> None:
+        """The manager is gone, and every block with it: end all, and let go of the pool after the step under way."""
+        for generation in self._generations.values():
+            if not generation.needs_admission:
+                generation.fail(error)
+        self.scheduler.drop_all()
+        await self._stepped.wait()
+        self.runner.unmap_pool()
+
+    # ---- load ----------------------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """Return how busy the engine is."""
+        return Load(
+            num_running=len(self.scheduler),
+            num_waiting=sum(generation.needs_admission for generation in self._generations.values()),
+            free_blocks=self._free_blocks,
+            num_blocks=self._num_blocks,
+            prefill_tps=round(self.throughput.prefill_tps, 1),
+            decode_tps=round(self.throughput.decode_tps, 1),
+            queue_s=round(self.throughput.prefill_s(self.scheduler.num_uncomputed_tokens), 3),
+        )
+
+    async def _report_load(self) -> None:
+        while True:
+            try:
+                self._free_blocks = (await self.attachment.manager.ask(Probe(b""), timeout=1.0)).free_blocks
+            except BusError:
+                pass  # The last number stands.
+            state = "ready" if self.attachment.is_attached else "detached"
+            self.registration.update(state=state, load=self.load())
+            await self.node.clock.sleep(REPORT_S)

@@ -1,0 +1,199 @@
+"""The two generating endpoints: one HTTP request becomes sequences, and their pieces JSON or server-sent events.
+
+Plain ASGI, so that a body is written once for all that is ready, each write waits for the client's socket, and a
+client that leaves is noticed at once.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from .answer import Answer, Backend, build_answer, prepare, wanted_id
+from .errors import ApiError, as_api_error
+from .generation import Outbox, run_sequence
+from .requests import ChatRequest, CompletionRequest
+from .responses import Reply, Shape
+from .text import Piece
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+log = logging.getLogger("callboard.frontend")
+
+_DONE = b"data: [DONE]\n\n"
+_PATIENCE = 4
+"""How many times the size limit a body may have and still be read to its end."""
+
+
+class ClientLeft(Exception):
+    """The client closed its connection: nobody waits for the answer."""
+
+
+class Endpoint:
+    """An ASGI application for one kind of request. ``decode`` checks a body, ``shape`` writes its answer."""
+
+    def __init__(
+        self, backend: Backend, shape: Shape, decode: Callable[[bytes], CompletionRequest | ChatRequest]
+    ) -> None:
+        self._backend = backend
+        self._shape = shape
+        self._decode = decode
+        self._encode = msgspec.json.Encoder().encode
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            text = f"Not allowed to {scope['method']} on {scope['path']}."
+            return await send_error(send, ApiError(405, text, code="method_not_allowed"), allow=b"POST")
+        try:
+            body = await _read_body(scope, receive, self._backend.max_body_bytes)
+            prepared = await prepare(self._decode(body), self._backend)
+        except ClientLeft:
+            return None
+        except Exception as error:
+            return await send_error(send, _reported(error))
+        prefix = self._shape.id_prefix
+        wanted = wanted_id(scope["headers"], prefix, self._backend.node)
+        ids = self._backend.claim_ids(wanted, prepared.num_sequences)
+        try:
+            answer = build_answer(prepared, self._backend, ids, prefix, scope["headers"])
+            return await self._serve(answer, receive, send)
+        finally:
+            self._backend.release_ids(ids)
+
+    async def _serve(self, answer: Answer, receive: Receive, send: Send) -> None:
+        outbox = self._backend.outboxes[answer.request_id] = Outbox()
+        router, timeout_s = self._backend.router(), self._backend.timeout_s
+        respond = self._stream if answer.prepared.request.stream else self._whole
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(_watch(receive))
+                runs = [group.create_task(run_sequence(s, router, outbox, timeout_s)) for s in answer.sequences]
+                if not await respond(answer, outbox, send):
+                    for run in runs:
+                        run.cancel()
+                watcher.cancel()
+        except* ClientLeft:
+            pass
+        finally:
+            del self._backend.outboxes[answer.request_id]
+
+    async def _whole(self, answer: Answer, outbox: Outbox, send: Send) -> bool:
+        """Send one JSON body; return whether all sequences ended well."""
+        pieces: list[list[Piece]] = [[] for _ in answer.sequences]
+        num_open = len(pieces)
+        while num_open:
+            for item in await outbox.take():
+                if isinstance(item.piece, ApiError):
+                    await send_error(send, item.piece, answer.request_id)
+                    return False
+                pieces[item.index].append(item.piece)
+                num_open -= item.piece.finish_reason is not None
+        choices = [self._shape.choice(index, of_choice) for index, of_choice in enumerate(pieces)]
+        body = self._encode(answer.reply(self._shape.whole_object, choices, answer.usage()))
+        headers = [*answer.headers(b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        return True
+
+    async def _stream(self, answer: Answer, outbox: Outbox, send: Send) -> bool:
+        """Send server-sent events; return whether all sequences ended well."""
+        has_started, num_open, opened = False, len(answer.sequences), set[int]()
+        while num_open:
+            events: list[bytes] = []
+            failure: ApiError | None = None
+            for item in await outbox.take():
+                if isinstance(item.piece, ApiError):
+                    failure = item.piece
+                    break
+                self._write(answer, item.index, item.piece, opened, events)
+                num_open -= item.piece.finish_reason is not None
+            if failure is not None and not has_started:
+                await send_error(send, failure, answer.request_id)
+                return False
+            if not has_started:
+                has_started = True
+                headers = [*answer.headers(b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            if failure is not None:
+                # No [DONE] after an error: the openai client raises on the error, and others see a cut stream.
+                events.append(b"data: " + failure.encode() + b"\n\n")
+                await send({"type": "http.response.body", "body": b"".join(events)})
+                return False
+            if not num_open:
+                if answer.prepared.request.has_usage_chunk:
+                    events.append(self._event(answer.reply(self._shape.chunk_object, [], answer.usage())))
+                events.append(_DONE)
+            await send({"type": "http.response.body", "body": b"".join(events), "more_body": bool(num_open)})
+        return True
+
+    def _write(self, answer: Answer, index: int, piece: Piece, opened: set[int], events: list[bytes]) -> None:
+        # Hot: once per token.
+        usage = None if answer.prepared.request.has_usage_chunk else msgspec.UNSET
+        choices = self._shape.chunks(index, piece)
+        if index not in opened:
+            opened.add(index)
+            if (opening := self._shape.opening(index)) is not None:
+                choices.insert(0, opening)
+        for choice in choices:
+            events.append(self._event(answer.reply(self._shape.chunk_object, [choice], usage)))
+
+    def _event(self, reply: Reply) -> bytes:
+        return b"data: " + self._encode(reply) + b"\n\n"
+
+
+async def send_error(send: Send, error: ApiError, request_id: str | None = None, *, allow: bytes | None = None) -> None:
+    """Send an error as a whole answer."""
+    body = error.encode()
+    headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
+    if request_id is not None:
+        headers.append((b"x-request-id", request_id.encode()))
+    if allow is not None:
+        headers.append((b"allow", allow))
+    if error.status == 413:
+        headers.append((b"connection", b"close"))  # what is left of the body is not worth reading
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _reported(error: Exception) -> ApiError:
+    if not isinstance(error, ApiError):
+        log.error("a request could not be prepared", exc_info=error)
+    return as_api_error(error)
+
+
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Return the whole body. Raises ApiError (413), ClientLeft.
+
+    What is somewhat too large is still read, and dropped: a client that is answered while it sends sees a reset.
+    """
+    too_large = ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
+    announced = dict(scope["headers"]).get(b"content-length", b"0")
+    if announced.isdigit() and int(announced) > _PATIENCE * limit:
+        raise too_large
+    body, num_bytes = bytearray(), 0
+    while True:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            raise ClientLeft
+        data = event.get("body", b"")
+        num_bytes += len(data)
+        if num_bytes <= limit:
+            body += data
+        elif num_bytes > _PATIENCE * limit:
+            raise too_large
+        if not event.get("more_body", False):
+            break
+    if num_bytes > limit:
+        raise too_large
+    return bytes(body)
+
+
+async def _watch(receive: Receive) -> None:
+    """Wait until the client leaves. Raises ClientLeft."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientLeft

@@ -1,0 +1,109 @@
+"""The frontend actor: an OpenAI-compatible HTTP server in front of a router.
+
+It tokenises, asks the router for token ids, and makes text of them; it knows nothing of engines but whether there
+are any.
+"""
+
+import msgspec
+
+from callboard.actors.actor import Actor
+from callboard.actors.protocol import Entry
+from callboard.actors.registration import DirectoryView, Registration
+from callboard.bus import Address, Ref, Refusal
+
+from .answer import Backend
+from .http import HttpServer, bind, build_app
+from .prompts import Model
+from .tokenizer import Tokenizer, TokenizerMissing
+
+
+class CannotServe(Refusal):
+    """A model cannot be served as configured. Fields: model, reason."""
+
+    sentence = "model {model!r} cannot be served: {reason}"
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """A model's directory (tokenizer.json and the files beside it) and its context in tokens."""
+
+    path: str
+    max_model_len: int
+
+
+class Frontend(Actor):
+    """Serves HTTP from ``start`` to ``stop``. ``port`` is the one that was bound."""
+
+    class Config(msgspec.Struct, frozen=True, kw_only=True):
+        """``models`` by the name clients use. Port 0 takes a free one. Without ``api_keys`` everybody may ask."""
+
+        router: Address
+        models: dict[str, ServedModel]
+        name: str = "frontend"
+        host: str = "127.0.0.1"
+        port: int = 8000
+        api_keys: tuple[str, ...] = ()
+        request_timeout_s: float = 600.0
+        max_body_bytes: int = 8 << 20
+        grace_s: int = 2
+        """How long requests may go on when the frontend is stopped."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.port = config.port
+        self._models: dict[str, Model] = {}
+        self._backend: Backend | None = None
+        self._view: DirectoryView | None = None
+        self._server: HttpServer | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients find it; OpenAI's clients add ``/v1``."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.port}"
+
+    async def start(self) -> None:
+        """Bind, load the tokenizers, serve. Raises PortTaken, CannotListen, CannotServe."""
+        config = self.config
+        bound = bind(config.host, config.port)
+        try:
+            for name, served in config.models.items():
+                self._models[name] = await self._load(name, served)
+            self._backend = Backend(
+                node=self.node,
+                router=self._router,
+                models=self._models,
+                timeout_s=config.request_timeout_s,
+                max_body_bytes=config.max_body_bytes,
+            )
+            app = build_app(self._backend, self.models_without_engine, config.api_keys)
+        except BaseException:
+            bound.close()
+            raise
+        self.port = bound.getsockname()[1]
+        self._server = HttpServer(app, bound, grace_s=config.grace_s)
+        self.spawn(self._server.serve())
+        if self.directory is not None:
+            self._view = DirectoryView(self)
+        address = self.node.address_of(self.name)
+        Registration(self, Entry(name=self.name, kind="frontend", address=address, detail={"url": self.url}))
+
+    async def stop(self) -> None:
+        if self._server is not None and self._backend is not None:
+            await self._server.stop(self._backend.cut_short)
+
+    def models_without_engine(self) -> list[str]:
+        """Return the served models that no ready engine has. Outside of a fleet, nobody can tell: none."""
+        if self._view is None:
+            return []
+        ready = {entry.model for entry in self._view.entries("engine") if entry.state == "ready"}
+        return [name for name in self._models if name not in ready]
+
+    def _router(self) -> Ref:
+        return self.node.ref(self.config.router)
+
+    async def _load(self, name: str, served: ServedModel) -> Model:
+        try:
+            tokenizer = await self.node.run_blocking(Tokenizer.load, served.path, self.node.clock.wall)
+        except TokenizerMissing as error:
+            raise CannotServe(model=name, reason=str(error)) from None
+        return Model(name, tokenizer, served.max_model_len, int(self.node.clock.wall()))

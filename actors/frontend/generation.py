@@ -1,0 +1,121 @@
+"""The sequences of one HTTP request: each a stream of the router's, all merged into one outbox."""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+from callboard.actors.protocol import Generate, Token
+from callboard.bus import BusError, Ref
+from callboard.bus.ref import Items
+
+from .errors import ApiError, as_api_error
+from .responses import PromptTokensDetails, UsageReply
+from .text import Piece, SequenceText
+
+log = logging.getLogger("callboard.frontend")
+
+ROOM = 64
+"""Pieces that wait for the client's socket, at most; beyond it the bus stream is not read, and its credit runs out."""
+LAST_WORDS_S = 1.0
+"""How long a stream may take to end after its last token, before it is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One choice: what the router is asked, and the text made of its answer."""
+
+    index: int
+    prompt_index: int
+    message: Generate
+    text: SequenceText
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A piece of one choice, or the error that ends the request."""
+
+    index: int
+    piece: Piece | ApiError
+
+
+class Outbox:
+    """Items in the order they came, of all sequences. Holds at most ROOM; whoever puts more waits."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._filled = asyncio.Event()
+        self._drained = asyncio.Event()
+
+    async def put(self, item: Item) -> None:
+        """Add an item, once there is room."""
+        while len(self._items) >= ROOM:
+            self._drained.clear()
+            await self._drained.wait()
+        self._items.append(item)
+        self._filled.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with ``error``, room or not."""
+        self._items.append(Item(0, error))
+        self._filled.set()
+
+    async def take(self) -> list[Item]:
+        """Return all that is here, at least one item: what came in one pass of the loop is written at once."""
+        while not self._items:
+            self._filled.clear()
+            await self._filled.wait()
+        items = list(self._items)
+        self._items.clear()
+        self._drained.set()
+        return items
+
+
+async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_s: float) -> None:
+    """Generate one sequence into the outbox. Ends with an item that has a finish reason, or with an error."""
+    error: ApiError | None = None
+    try:
+        async with router.stream(sequence.message, timeout=timeout_s) as tokens:
+            error = await _read(sequence, tokens, outbox)
+            if error is None and not sequence.text.is_cut:
+                # The router's script is at its end: let it get there, rather than cancel it on its last line.
+                with contextlib.suppress(TimeoutError, BusError):
+                    async with asyncio.timeout(LAST_WORDS_S):
+                        async for _ in tokens:
+                            pass
+    except Exception as failure:
+        if not isinstance(failure, BusError):
+            log.error("request %s failed", sequence.message.request_id, exc_info=failure)
+        error = as_api_error(failure)
+    if error is not None:
+        await outbox.put(Item(sequence.index, error))
+
+
+async def _read(sequence: Sequence, tokens: Items[Token], outbox: Outbox) -> ApiError | None:
+    async for token in tokens:
+        if token.finish_reason == "abort":
+            return ApiError(503, "The request was aborted on the server.", code="aborted")
+        piece = sequence.text.push(token)
+        if piece:
+            await outbox.put(Item(sequence.index, piece))
+        if piece.finish_reason is not None:
+            return None
+    return ApiError(500, "The router ended the answer before it was finished.", code="incomplete")
+
+
+def usage_of(sequences: list[Sequence], prompt_lengths: list[int]) -> UsageReply:
+    """Return what a request cost. A prompt counts once, however many choices it has.
+
+    A prompt's cached tokens are the fewest that one of its choices found: the others may have found the first one's.
+    """
+    cached: dict[int, int] = {}
+    for sequence in sequences:
+        usage = sequence.text.usage
+        if usage is not None:
+            known = cached.get(sequence.prompt_index, usage.num_cached_tokens)
+            cached[sequence.prompt_index] = min(known, usage.num_cached_tokens)
+    num_prompt = sum(prompt_lengths)
+    num_output = sum(sequence.text.num_tokens for sequence in sequences)
+    details = PromptTokensDetails(sum(cached.values())) if cached else None
+    return UsageReply(num_prompt, num_output, num_prompt + num_output, details)

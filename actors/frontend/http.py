@@ -1,0 +1,213 @@
+"""The HTTP door: Litestar's routes on uvicorn, run inside the actor and on its loop."""
+
+import asyncio
+import contextlib
+import errno
+import hmac
+import socket
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import msgspec
+import uvicorn
+from litestar import Litestar, Request, Response, get
+from litestar.connection import ASGIConnection
+from litestar.exceptions import HTTPException
+from litestar.handlers import BaseRouteHandler, asgi
+from litestar.types import Receive, Scope, Send
+
+from callboard.bus import Refusal
+
+from .answer import Backend
+from .endpoint import Endpoint
+from .errors import ApiError, as_api_error
+from .requests import decode_chat, decode_completion
+from .responses import ChatShape, CompletionShape, ModelReply, ModelsReply
+
+Missing = Callable[[], Sequence[str]]
+"""Names the served models that have no ready engine."""
+
+JSON = "application/json"
+KEEP_ALIVE_S = 65
+"""Longer than clients keep idle connections: whoever closes first must not be the server, or requests are lost."""
+LAST_WORDS_S = 2
+"""How long a client may take to read the end of an answer that a stop cuts short."""
+
+
+class CannotListen(Refusal):
+    """The address of the HTTP door cannot be had. Fields: host, port, reason."""
+
+    sentence = "cannot listen on {host}:{port}: {reason}"
+
+
+class PortTaken(CannotListen):
+    """Somebody listens there already. Fields: host, port."""
+
+    sentence = "port {port} on {host} is taken: stop what listens there, or choose another port"
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Whether every served model has a ready engine, and which have none."""
+
+    status: str
+    missing: list[str]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 takes a free one. Raises PortTaken, CannotListen."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise CannotListen(host=host, port=port, reason=error.strerror) from None
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(2048)
+        bound.setblocking(False)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(host=host, port=port) from None
+        raise CannotListen(host=host, port=port, reason=error.strerror or str(error)) from None
+    return bound
+
+
+def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str]) -> Litestar:
+    """Return the application: OpenAI's routes, /health, and errors in OpenAI's shape everywhere."""
+
+    @get("/v1/models", sync_to_thread=False)
+    def list_models() -> Response[bytes]:
+        models = [ModelReply(model.name, model.created, model.max_model_len) for model in backend.models.values()]
+        return _json(ModelsReply(models))
+
+    @get("/v1/models/{name:path}", sync_to_thread=False)
+    def get_model(request: Request[Any, Any, Any]) -> Response[bytes]:
+        model = backend.model(str(request.path_params["name"]).removeprefix("/"))
+        return _json(ModelReply(model.name, model.created, model.max_model_len))
+
+    @get("/health", sync_to_thread=False, opt={"is_open": True})
+    def health() -> Response[bytes]:
+        names = list(missing())
+        return _json(Health("unavailable" if names else "ok", names), status=503 if names else 200)
+
+    completion_endpoint = Endpoint(backend, CompletionShape(), decode_completion)
+    chat_endpoint = Endpoint(backend, ChatShape(), decode_chat)
+
+    @asgi("/v1/completions", copy_scope=False)
+    async def completions(scope: Scope, receive: Receive, send: Send) -> None:
+        await completion_endpoint(scope, receive, send)  # type: ignore[arg-type]
+
+    @asgi("/v1/chat/completions", copy_scope=False)
+    async def chat_completions(scope: Scope, receive: Receive, send: Send) -> None:
+        await chat_endpoint(scope, receive, send)  # type: ignore[arg-type]
+
+    return Litestar(
+        route_handlers=[list_models, get_model, health, completions, chat_completions],
+        guards=[_guard(api_keys)] if api_keys else [],
+        exception_handlers={HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_api_error},
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+class HttpServer:
+    """Uvicorn on a socket that is bound already, as a coroutine that an actor owns."""
+
+    def __init__(self, app: Litestar, bound: socket.socket, *, grace_s: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            loop="none",  # the loop that runs already
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=grace_s + LAST_WORDS_S,
+            backlog=2048,
+        )
+        self._server = _Uvicorn(config)
+        self._grace_s = grace_s
+        self._socket = bound
+        self._ended = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Serve until ``stop`` is called."""
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            self._socket.close()
+            self._ended.set()
+
+    async def stop(self, cut_short: Callable[[], None]) -> None:
+        """Take no new connections, let requests end for the grace period, then call ``cut_short`` to end them."""
+        self._server.end()
+        try:
+            async with asyncio.timeout(self._grace_s):
+                await self._ended.wait()
+        except TimeoutError:
+            cut_short()
+            await self._ended.wait()
+
+
+class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._exit = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._exit.set()
+
+    async def main_loop(self) -> None:
+        """Wake up once a second for the Date header, not ten times to look whether to exit."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._exit.wait()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals to the process the actor lives in."""
+        yield
+
+
+def _json(value: msgspec.Struct, *, status: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
+    return Response(msgspec.json.encode(value), status_code=status, media_type=JSON, headers=headers)
+
+
+def _guard(api_keys: Sequence[str]) -> Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]:
+    keys = [key.encode() for key in api_keys]
+
+    def check(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+        if handler.opt.get("is_open"):
+            return
+        scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        # Every key is compared, each in constant time: how long it takes says nothing.
+        matches = [hmac.compare_digest(given, known) for known in keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            text = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY'."
+            raise ApiError(401, text, code="invalid_api_key")
+
+    return check
+
+
+def _on_api_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    failure = as_api_error(error)
+    headers = {name.decode(): value.decode() for name, value in failure.headers() if name != b"content-type"}
+    return Response(failure.encode(), status_code=failure.status, media_type=JSON, headers=headers)
+
+
+def _on_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        failure = ApiError(404, f"Unknown request URL: {where}.", code="unknown_url")
+    elif error.status_code == 405:
+        failure = ApiError(405, f"Not allowed to {where.replace(' ', ' on ', 1)}.", code="method_not_allowed")
+    else:
+        failure = ApiError(error.status_code, error.detail)
+    return _on_api_error(request, failure)

@@ -1,0 +1,71 @@
+"""The engines attached to a KV manager: where they are, and what happens to their blocks when they go."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from callboard.bus import Address, Call, UnknownActor
+from callboard.kv.accounts import EngineAccount
+
+from .protocol import Attach, Attached, BadRequest, Recall
+
+if TYPE_CHECKING:
+    from .kv_manager import KvManager
+
+
+class _Attachment:
+    """One engine's standing tie."""
+
+    def __init__(self, account: EngineAccount, address: Address) -> None:
+        self.account = account
+        self.address = address
+        self.num_recalled = 0
+        self.wanted = asyncio.Event()
+
+
+class Attachments:
+    """Serves Attach for one manager."""
+
+    def __init__(self, manager: "KvManager") -> None:
+        self._manager = manager
+        self._attachments: dict[str, _Attachment] = {}
+
+    async def serve(self, message: Attach, call: Call) -> AsyncGenerator[Attached | Recall, None]:
+        """Keep an engine's account for as long as its tie stands. Raises BadRequest for another layout."""
+        manager = self._manager
+        if message.layout != manager.config.layout:
+            raise BadRequest(reason=f"the pool of {manager.name} has another layout than engine {message.engine}")
+        attachment = _Attachment(manager.blocks.attach(message.engine, call.caller_incarnation), message.address)
+        self._attachments[message.engine] = attachment
+        manager.changed()
+        try:
+            yield Attached(manager.epoch, manager.config.num_blocks, manager.pool_path)
+            while True:
+                await attachment.wanted.wait()
+                attachment.wanted.clear()
+                yield Recall(attachment.num_recalled)
+        finally:
+            # A link that broke, or a deadline, says nothing about what the engine is doing.
+            is_known = call.ended in ("cancelled", "actor_died", "stopped")
+            manager.blocks.detach(attachment.account, is_known=is_known)
+            if self._attachments.get(message.engine) is attachment:
+                del self._attachments[message.engine]
+            manager.changed()
+
+    def address(self, engine: str) -> Address:
+        """Return where an attached engine is. Raises UnknownActor."""
+        attachment = self._attachments.get(engine)
+        if attachment is None:
+            raise UnknownActor(actor=engine, node=self._manager.node.name)
+        return attachment.address
+
+    def recall(self, count: int) -> bool:
+        """Ask each engine for up to ``count`` unused blocks; return whether any of them has some."""
+        is_asked = False
+        for engine, num_blocks in self._manager.blocks.slabs().items():
+            attachment = self._attachments.get(engine)
+            if num_blocks and attachment is not None:
+                attachment.num_recalled = count
+                attachment.wanted.set()
+                is_asked = True
+        return is_asked

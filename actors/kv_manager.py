@@ -1,0 +1,390 @@
+"""The KV manager: the front door of a pool, and the shell around its books (kv/block_manager.py).
+
+One per device, in a process of its own, so that it answers while engines compute, and its pool outlives them. Here
+messages become decisions of the books, and waiting; sending pages is kv_sender.py.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
+
+import msgspec
+
+from callboard.bus import Call, current_call
+from callboard.kv.accounts import Grant
+from callboard.kv.block_manager import BlockManager, Loan
+from callboard.kv.layout import BadRange, KvLayout, OutOfBlocks, StaleReservation
+from callboard.kv.page_store import PageStore
+from callboard.kv.published import PublishedPool, published_in_process, published_to_processes
+from callboard.kv.reservation_table import Held
+from callboard.kv.slots import resolve_range, slot_runs
+from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tokens
+
+from .actor import Actor
+from .kv_attachments import Attachments
+from .kv_peers import Tie, Tied, Writers
+from .kv_queue import BlockQueue, Priority
+from .kv_sender import Sender
+from .protocol import (
+    Admit,
+    Admitted,
+    Attach,
+    Attached,
+    BadRequest,
+    CloseWrite,
+    Done,
+    Entry,
+    Finish,
+    GetKvStats,
+    Give,
+    KvAddr,
+    KvStats,
+    Load,
+    OpenWrite,
+    PrepRecv,
+    Probe,
+    Probed,
+    Recall,
+    Refill,
+    Release,
+    RemoteSend,
+    Reserved,
+    Seal,
+    Sent,
+    Slab,
+    WriteOpened,
+)
+
+REPORT_S = 0.2
+"""How often the directory hears of the load."""
+SELF = "self"
+"""The writer of copies inside the pool: always heard of."""
+STATS_RECALL_S = 0.5
+"""How long engines may take to return unused blocks before they are counted."""
+
+
+class KvManager(Actor):
+    """Serves one pool: prep_recv, remote_send, probe and release for routers, blocks for engines, writes for peers."""
+
+    class Config(msgspec.Struct, frozen=True):
+        """``pool_fd``: an inherited memfd. ``socket_dir``: where the pool is handed out, None within one process."""
+
+        name: str
+        layout: KvLayout
+        num_blocks: int
+        device: str = "cpu"
+        lease_s: float = 10.0
+        pool_fd: int | None = None
+        socket_dir: str | None = None
+
+    store: PageStore
+    epoch: str
+    pool_path: str
+    blocks: BlockManager
+    queue: BlockQueue
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._sender = Sender(self)
+        self.engines = Attachments(self)
+        self._writers = Writers(self)
+        self._seal_waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._leased = asyncio.Event()
+
+    async def start(self) -> None:
+        config, node = self.config, self.node
+        self.epoch = node.new_id()
+        self.blocks = BlockManager(
+            config.num_blocks, config.layout.block_size, lease_s=config.lease_s, new_id=node.new_id, node=node.name
+        )
+        self.blocks.reservations.tie(SELF)
+        self.queue = BlockQueue(self.blocks.allocator, self.engines.recall)
+        ready: asyncio.Future[PublishedPool] = asyncio.get_running_loop().create_future()
+        self.spawn(self._hold_pool(ready))
+        pool = await ready
+        self.store, self.pool_path = pool.store, pool.path
+        self.spawn(self._expire())
+        if self.directory is not None:
+            self.spawn(self._report())
+
+    async def stop(self) -> None:
+        self._sender.is_stopping = True
+
+    # ---- the verbs -----------------------------------------------------------------------------------------------
+
+    async def on_prep_recv(self, message: PrepRecv) -> Reserved:
+        _require_tokens(message.prompt)
+        length = num_tokens(message.prompt)
+        _, end = resolve_range(0, message.end, length)
+        reservations = self.blocks.reservations
+        held = await self.queue.take(
+            Priority.PREP_RECV,
+            self.blocks.allocator.blocks_for(length),
+            lambda: reservations.reserve(
+                (message.request_id, message.attempt), message.prompt, end, now=self.node.clock.now()
+            ),
+            lambda held: reservations.release(held.reservation.id),
+            message.wait_s,
+        )
+        self._leased.set()
+        return Reserved(self._address(held), held.num_cached_tokens, end, held.num_cached_tokens)
+
+    async def on_remote_send(self, message: RemoteSend) -> Sent:
+        _require_tokens(message.prompt)
+        return await self._sender.send(message)
+
+    def on_probe(self, message: Probe) -> Probed:
+        cached = self.blocks.cache.match(message.prompt).num_tokens
+        return Probed(cached, self.blocks.allocator.num_available, self.config.num_blocks)
+
+    def on_release(self, message: Release) -> Done:
+        if message.kv.epoch == self.epoch:
+            self.blocks.reservations.release(message.kv.reservation_id)
+            self.changed()
+        return Done()
+
+    # ---- engines -------------------------------------------------------------------------------------------------
+
+    async def on_attach(self, message: Attach) -> AsyncIterator[Attached | Recall]:
+        async with aclosing(self.engines.serve(message, _caller())) as items:
+            async for item in items:
+                yield item
+
+    async def on_admit(self, message: Admit) -> Admitted:
+        """After an Admit that was cancelled or timed out, tell Finish: the answer may have been under way."""
+        _require_tokens(message.tokens)
+        lease = self.blocks.account(message.engine).sequences.get(message.sequence_id)
+        if lease is not None:
+            return _admitted(lease.grant)
+        blocks, kv = self.blocks, message.kv
+        total = blocks.allocator.blocks_for(num_tokens(message.tokens))
+        engine, sequence_id, tokens = message.engine, message.sequence_id, message.tokens
+
+        def undo(_: Grant) -> None:
+            blocks.finish(engine, sequence_id, b"", ())
+
+        if kv is None:
+            grant = await self.queue.take(
+                Priority.ADMIT, total, lambda: blocks.admit(engine, sequence_id, tokens), undo, message.wait_s
+            )
+            return _admitted(grant)
+        with self._awaiting(kv) as held:
+            await self._sealed(held)
+            grant = await self.queue.take(
+                Priority.ADMIT,
+                total,
+                lambda: blocks.adopt(engine, sequence_id, tokens, kv.reservation_id),
+                undo,
+                message.wait_s,
+            )
+        return _admitted(grant)
+
+    async def on_refill(self, message: Refill) -> Slab:
+        got: list[int] = self.blocks.refill(message.engine, message.num_blocks)
+        if not got and message.num_blocks > 0 and message.wait_s > 0:
+            got = await self._await_refill(message)
+        return Slab(pack_tokens(got))
+
+    def on_give(self, message: Give) -> None:
+        self.blocks.give(message.engine, unpack_tokens(message.blocks))
+        self.changed()
+
+    def on_seal(self, message: Seal) -> None:
+        try:
+            self.blocks.seal(message.engine, message.sequence_id, message.tokens, unpack_tokens(message.block_table))
+        except ValueError as error:
+            raise BadRequest(reason=f"Seal of {message.sequence_id}: {error}") from None
+
+    def on_finish(self, message: Finish) -> None:
+        try:
+            self.blocks.finish(message.engine, message.sequence_id, message.tokens, unpack_tokens(message.block_table))
+        except ValueError as error:
+            raise BadRequest(reason=f"Finish of {message.sequence_id}: {error}") from None
+        finally:
+            self.changed()
+
+    # ---- peers ---------------------------------------------------------------------------------------------------
+
+    async def on_tie(self, message: Tie) -> AsyncIterator[Tied]:
+        self._require_epoch("", message.epoch)
+        async with aclosing(self._writers.serve(_caller())) as items:
+            async for item in items:
+                yield item
+
+    def on_open_write(self, message: OpenWrite) -> WriteOpened:
+        return self.open_write(message, writer=_caller().caller_incarnation)
+
+    def on_close_write(self, message: CloseWrite) -> Done:
+        self._require_epoch(message.reservation_id, message.epoch)
+        try:
+            self.blocks.reservations.close_write(
+                message.reservation_id,
+                message.write_id,
+                is_complete=message.is_complete,
+                now=self.node.clock.now(),
+            )
+        finally:
+            self.changed()
+        return Done()
+
+    async def on_get_kv_stats(self, message: GetKvStats) -> KvStats:
+        clock = self.node.clock
+        until = clock.now() + STATS_RECALL_S
+        if message.recall and self.engines.recall(self.config.num_blocks):
+            while any(self.blocks.slabs().values()) and clock.now() < until:
+                await clock.sleep(0.01)
+        problems = tuple(self.blocks.check_integrity())
+        return KvStats(**dataclasses.asdict(self.blocks.counts()), problems=problems)
+
+    # ---- for the sender ------------------------------------------------------------------------------------------
+
+    def open_write(self, message: OpenWrite, *, writer: str) -> WriteOpened:
+        """Let a writer into a reservation. Raises StaleReservation, BadRange."""
+        self._require_epoch(message.reservation_id, message.epoch)
+        self.blocks.reservations.open_write(
+            message.reservation_id,
+            message.write_id,
+            begin=message.begin,
+            end=message.end,
+            writer=writer,
+            now=self.node.clock.now(),
+        )
+        return WriteOpened(self.pool_path, self.config.num_blocks)
+
+    def end_loan(self, loan: Loan) -> None:
+        """Give a loan back to the pool."""
+        self.blocks.end_loan(loan)
+        self.changed()
+
+    # ---- waiting -------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Go on with whoever waited for what may have happened just now."""
+        self.queue.pump()
+        for reservation_id in list(self._seal_waiters):
+            if self.blocks.reservations.is_settled(reservation_id):
+                for waiter in self._seal_waiters.pop(reservation_id):
+                    if not waiter.done():
+                        waiter.set_result(None)
+
+    async def _await_refill(self, message: Refill) -> list[int]:
+        def attempt() -> list[int]:
+            got = self.blocks.refill(message.engine, message.num_blocks)
+            if not got:
+                raise OutOfBlocks(needed=1, free=0)
+            return got
+
+        def undo(got: list[int]) -> None:
+            self.blocks.give(message.engine, got)
+
+        try:
+            return await self.queue.take(Priority.REFILL, 1, attempt, undo, message.wait_s)
+        except OutOfBlocks:
+            return []
+
+    @contextmanager
+    def _awaiting(self, kv: KvAddr) -> Iterator[Held]:
+        """Keep a reservation from expiring while it is waited for. Raises StaleReservation."""
+        self._require_epoch(kv.reservation_id, kv.epoch)
+        if kv.layout != self.config.layout:
+            raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool has another layout than this one")
+        reservations = self.blocks.reservations
+        held = reservations.get(kv.reservation_id)
+        reservations.await_seal(kv.reservation_id)
+        try:
+            yield held
+        finally:
+            reservations.end_await(kv.reservation_id, now=self.node.clock.now())
+
+    async def _sealed(self, held: Held) -> None:
+        """Wait until a reservation is sealed, or will never be (adopting it then says why)."""
+        reservation_id = held.reservation.id
+        while not self.blocks.reservations.is_settled(reservation_id):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._seal_waiters.setdefault(reservation_id, []).append(waiter)
+            await waiter
+
+    def _require_epoch(self, reservation_id: str, epoch: str) -> None:
+        if epoch != self.epoch:
+            raise StaleReservation(reservation_id=reservation_id, reason="this KV manager has been restarted since")
+
+    def _address(self, held: Held) -> KvAddr:
+        reservation, layout = held.reservation, self.config.layout
+        return KvAddr(
+            self.ref.address,
+            self.epoch,
+            reservation.id,
+            layout,
+            reservation.begin,
+            reservation.end,
+            slot_runs(held.block_table, reservation.begin, reservation.end, layout.block_size),
+        )
+
+    # ---- standing tasks ------------------------------------------------------------------------------------------
+
+    async def _hold_pool(self, ready: asyncio.Future[PublishedPool]) -> None:
+        """Own the pool's memory, and hand it out, for as long as the actor lives."""
+        try:
+            with self._published() as pool:
+                ready.set_result(pool)
+                await asyncio.get_running_loop().create_future()
+        except Exception as error:
+            ready.set_exception(error)
+
+    def _published(self) -> AbstractContextManager[PublishedPool]:
+        config, node = self.config, self.node
+        if config.socket_dir is not None:
+            return published_to_processes(
+                config.socket_dir, self.name, config.layout, config.num_blocks, epoch=self.epoch, fd=config.pool_fd
+            )
+        if node.exchange is None:
+            raise ValueError(f"KV manager {config.name} needs a socket_dir: its peers are other processes")
+        return published_in_process(
+            node.exchange, f"{node.name}/{self.name}/{self.epoch}", config.layout, config.num_blocks
+        )
+
+    async def _expire(self) -> None:
+        """End leases as their time comes."""
+        clock, reservations = self.node.clock, self.blocks.reservations
+        while True:
+            expiry = reservations.next_expiry()
+            if expiry is None:
+                self._leased.clear()
+                await self._leased.wait()
+                continue
+            # Leases made meanwhile end later than this one.
+            await clock.sleep(max(0.0, expiry - clock.now()))
+            reservations.expire(clock.now())
+            self.changed()
+
+    async def _report(self) -> None:
+        """Keep the directory's entry, and the load in it, fresh."""
+        from callboard.actors.registration import Registration  # It needs no KV manager, but a fleet.
+
+        registration = Registration(
+            self,
+            Entry(self.name, "kv_manager", self.ref.address, device=self.config.device, load=self._load()),
+        )
+        while True:
+            await self.node.clock.sleep(REPORT_S)
+            registration.update(load=self._load())
+
+    def _load(self) -> Load:
+        return Load(free_blocks=self.blocks.allocator.num_available, num_blocks=self.config.num_blocks)
+
+
+def _caller() -> Call:
+    call = current_call()
+    assert call is not None
+    return call
+
+
+def _admitted(grant: Grant) -> Admitted:
+    return Admitted(pack_tokens(grant.block_table), grant.num_cached_tokens)
+
+
+def _require_tokens(data: bytes) -> None:
+    """Raise BadRange for a prompt that is no whole number of token ids."""
+    if len(data) % TOKEN_BYTES:
+        raise BadRange(begin=0, end=None, num_tokens=num_tokens(data), reason="its bytes are no int32 token ids")

@@ -1,0 +1,219 @@
+"""remote_send: get the KV of a prompt's beginning in place here, and write a range of it into another pool.
+
+What is cached leaves at once; the rest leaves layer by layer while an engine computes it. Two promises are kept to
+the end, whatever fails in between: the receiver hears that the write is over, and no block is lent to anybody while
+an engine may still write into it.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from callboard.bus import FOREVER, ActorDied, Address, AskTimeout, BusError, LinkLost, Ref, Refusal
+from callboard.bus.calls import enter_call
+from callboard.kv.block_manager import Loan
+from callboard.kv.lanes import Lane, MappedLane
+from callboard.kv.layout import BadRange, StaleReservation
+from callboard.kv.slots import cut_runs, num_slots, pair_runs, resolve_range, slot_runs
+from callboard.kv.tokens import num_tokens, pack_tokens
+
+from .kv_peers import Peers
+from .kv_queue import Priority
+from .protocol import Abort, CloseWrite, ComputeKv, KvAddr, KvComputed, LayersDone, OpenWrite, RemoteSend, Sent
+
+if TYPE_CHECKING:
+    from .kv_manager import KvManager
+
+RETRY_S = 0.2
+GIVE_UP_S = 600.0
+"""How long a receiver that cannot be reached is told that a write is over. If it lives, it sees our tie end."""
+
+
+class Transfer:
+    """The pages of ``[begin, end)`` on their way from a loan into a reservation."""
+
+    def __init__(self, manager: "KvManager", kv: KvAddr, lane: Lane, loan: Loan, begin: int, end: int) -> None:
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self._manager = manager
+        self._kv = kv
+        self._lane = lane
+        self._loan = loan
+        self._begin = begin
+        self._end = end
+
+    async def send(self, begin: int, end: int, layers: range) -> None:
+        """Send what of ``[begin, end)`` is wanted, for these layers. Returns when it is in place."""
+        begin, end = max(begin, self._begin), min(end, self._end)
+        if begin >= end:
+            return
+        clock = self._manager.node.clock
+        started = clock.now()
+        source = slot_runs(self._loan.block_table, begin, end, self._kv.layout.block_size)
+        copies = pair_runs(source, cut_runs(self._kv.slots, begin - self._kv.begin, end - self._kv.begin))
+        if not self._lane.fits(copies):
+            raise StaleReservation(reservation_id=self._kv.reservation_id, reason="it names slots outside of its pool")
+        self.num_bytes += await self._lane.write(self._manager.store, copies, layers)
+        self.seconds += clock.now() - started
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte has been sent."""
+        return self.num_bytes >= (self._end - self._begin) * self._kv.layout.token_bytes
+
+
+class Sender:
+    """Serves RemoteSend for one manager."""
+
+    def __init__(self, manager: "KvManager") -> None:
+        self.is_stopping = False
+        """Whether nobody is to be told anything any more: the ties end, and that says it all."""
+        self._manager = manager
+        self._peers = Peers(manager)
+
+    async def send(self, message: RemoteSend) -> Sent:
+        """See RemoteSend. Raises StaleReservation, BadRange, OutOfBlocks, UnknownActor, and as the engine does."""
+        manager, kv = self._manager, message.kv
+        begin, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
+        if begin >= end:
+            return Sent(0, "", 0, 0, 0.0, 0.0, 0.0, 0.0)
+        if kv.layout != manager.config.layout:
+            raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool has another layout than this one")
+        if not kv.begin <= begin < end <= kv.end or num_slots(kv.slots) != kv.end - kv.begin:
+            raise BadRange(begin=begin, end=end, num_tokens=kv.end, reason="it is not inside the reservation")
+        async with self._write(kv, begin, end) as lane:
+            loan = await manager.queue.take(
+                Priority.ADMIT,
+                manager.blocks.allocator.blocks_for(end),
+                lambda: manager.blocks.lend(message.engine, message.prompt, end),
+                manager.end_loan,
+                message.wait_s,
+            )
+            transfer = Transfer(manager, kv, lane, loan, begin, end)
+            return await self._fill(message, transfer, loan, begin, end, lane.name)
+
+    async def _fill(
+        self, message: RemoteSend, transfer: Transfer, loan: Loan, begin: int, end: int, lane_name: str
+    ) -> Sent:
+        """Send all of it; the loan is given back when nobody can be writing into it any more."""
+        clock = self._manager.node.clock
+        computed = KvComputed(0, 0.0, 0.0)
+        is_still_lent = False
+        try:
+            if loan.engine is not None:
+                try:
+                    computed = await self._compute(message, transfer, loan)
+                except Refusal:
+                    raise  # The engine says no: it is not writing.
+                except BaseException:
+                    is_still_lent = True
+                    raise
+                if not self._manager.blocks.has_computed(loan) or not transfer.is_complete:
+                    raise ActorDied(f"engine {loan.engine} left before all of [{begin}, {end}) was sent")
+            tail_started = clock.now()
+            if loan.engine is None:
+                await transfer.send(begin, end, range(message.kv.layout.num_layers))
+            tail_s = clock.now() - tail_started
+        finally:
+            if is_still_lent:
+                self._manager.spawn(self._reclaim(loan))
+            else:
+                self._manager.end_loan(loan)
+        return Sent(
+            transfer.num_bytes,
+            lane_name,
+            computed.num_computed_tokens,
+            loan.num_cached_tokens,
+            computed.queue_s,
+            computed.compute_s,
+            transfer.seconds,
+            tail_s,
+        )
+
+    # ---- the engine's side ---------------------------------------------------------------------------------------
+
+    def _engine(self, loan: Loan) -> Ref:
+        assert loan.engine is not None
+        return self._manager.node.ref(self._manager.engines.address(loan.engine))
+
+    async def _compute(self, message: RemoteSend, transfer: Transfer, loan: Loan) -> KvComputed:
+        """Have the engine compute what is not cached, and send each layer as it is done."""
+        request = ComputeKv(loan.loan_id, loan.tokens, pack_tokens(loan.block_table), loan.num_cached_tokens)
+        computed = None
+        async with self._engine(loan).stream(request) as items:
+            await transfer.send(0, loan.num_cached_tokens, range(message.kv.layout.num_layers))
+            async for item in items:
+                if isinstance(item, LayersDone):
+                    await transfer.send(item.token_begin, item.token_end, range(item.layer_begin, item.layer_end))
+                else:
+                    computed = item
+        if computed is None:
+            raise ActorDied(f"engine {loan.engine} ended without having computed the KV")
+        return computed
+
+    async def _reclaim(self, loan: Loan) -> None:
+        """Give a loan back once the engine has said that it writes no more, or has lost the blocks with its tie."""
+        enter_call(None)  # The call that it was lent for is over.
+        manager = self._manager
+        while manager.blocks.is_with_engine(loan) and not self.is_stopping:
+            try:
+                await self._engine(loan).ask(Abort(loan.loan_id), timeout=FOREVER)
+                break
+            except (Refusal, ActorDied):
+                break
+            except (LinkLost, AskTimeout):
+                await manager.node.clock.sleep(RETRY_S)
+        manager.end_loan(loan)
+
+    # ---- the receiver's side -------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _write(self, kv: KvAddr, begin: int, end: int) -> AsyncIterator[Lane]:
+        """Open the write, give the lane, close the write: complete if the body came to its end."""
+        manager = self._manager
+        write_id = manager.node.new_id()
+        opening = OpenWrite(kv.reservation_id, kv.epoch, write_id, begin, end)
+        if kv.manager == manager.ref.address:
+            manager.open_write(opening, writer="self")
+            is_complete = False
+            try:
+                yield MappedLane("inproc", manager.store, is_owner=False)
+                is_complete = True
+            finally:
+                manager.on_close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))
+            return
+        peer = await self._peers.enter(kv.manager, kv.epoch)
+        closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=False)
+        is_closed = False
+        try:
+            try:
+                await peer.ref.ask(opening)
+            except Refusal:
+                is_closed = True
+                raise
+            yield peer.ready.result()
+            closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=True)
+            try:
+                await peer.ref.ask(closing)
+            except Refusal:
+                is_closed = True
+                raise
+            is_closed = True
+        finally:
+            self._peers.leave(peer)
+            if not is_closed:
+                manager.spawn(self._close(kv.manager, closing))
+
+    async def _close(self, to: Address, closing: CloseWrite) -> None:
+        """Tell the receiver that a write is over, until it knows or is dead."""
+        enter_call(None)  # The call that was written for is over.
+        clock = self._manager.node.clock
+        until = clock.now() + GIVE_UP_S
+        while clock.now() < until and not self.is_stopping:
+            try:
+                await self._manager.node.ref(to).ask(closing)
+                return
+            except (LinkLost, AskTimeout):
+                await clock.sleep(RETRY_S)
+            except BusError:
+                return

@@ -1,0 +1,60 @@
+"""What the launcher tells a node's process, and what the process tells back: JSON, one line each."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from callboard.bus import Address
+
+NodeKind = Literal["control", "kv_manager", "engine", "actor"]
+
+
+class ActorSpec(msgspec.Struct, frozen=True):
+    """An actor to make: ``class_path`` is ``module:Class``, ``config`` becomes its ``Config`` or its keywords."""
+
+    name: str
+    class_path: str
+    config: dict[str, Any] = {}
+
+
+class RestartPolicy(msgspec.Struct, frozen=True):
+    """How often a node that failed is started again, and after how long; the wait doubles every time."""
+
+    is_enabled: bool = True
+    backoff_s: float = 0.2
+    max_restarts: int = 5
+    forgive_s: float = 60.0
+    """A node that was ready for this long begins to count anew."""
+
+
+class NodeSpec(msgspec.Struct, frozen=True):
+    """Everything one node's process needs to know."""
+
+    fleet: str
+    name: str
+    kind: NodeKind
+    endpoint: str
+    actors: tuple[ActorSpec, ...]
+    log: str
+    directory: Address | None = None
+    cores: tuple[int, ...] = ()
+    """The cores it is pinned to; empty means all that the launcher may use."""
+    num_threads: int = 1
+    python_path: str | None = None
+    """A directory put before the others on ``sys.path``."""
+    pool_bytes: int | None = None
+    """Size of the memfd that the launcher makes for the first actor, as ``pool_fd`` in its config."""
+    dies_with_launcher: bool = True
+    """Killed by the kernel in the same moment; otherwise it ends in order when its pipe ends."""
+    removes: str | None = None
+    """The run directory, removed by this node when the launcher was killed."""
+    restart: RestartPolicy = RestartPolicy()
+    is_essential: bool = False
+    """Without it there is no fleet: when it is given up, the fleet ends."""
+
+
+class Status(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line from the process: it imports, an actor starts, all are ready, or why not."""
+
+    state: Literal["starting", "loading", "ready", "failed"]
+    detail: str = ""

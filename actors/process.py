@@ -1,0 +1,239 @@
+"""One node's process: ``python -m callboard.actors.process``, started by a supervisor, never by hand.
+
+Standard input is the tie to the launcher: its first line is the NodeSpec, its end is the launcher's death. Standard
+output carries Status lines. Standard error is the node's log.
+"""
+
+import asyncio
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from callboard.bus import Node
+from callboard.bus.tasks import Tasks
+
+from .actor import Actor, start_actor, stop_actor
+from .node_spec import ActorSpec, NodeSpec, Status
+from .parent import die_with_parent
+from .protocol import Entry
+from .registration import Registration
+from .run_dir import remove_run_dir
+
+log = logging.getLogger("callboard.process")
+
+HANG_S = 5.0
+
+
+class CannotStart(Exception):
+    """An actor that cannot be made; the text is a sentence for people."""
+
+
+class Resident(Actor):
+    """Keeps a user's actor, any object with ``on_*`` handlers, in the directory."""
+
+    def __init__(self, actor_name: str) -> None:
+        self.actor_name = actor_name
+
+    async def start(self) -> None:
+        address = self.node.address_of(self.actor_name)
+        self.registration = Registration(self, Entry(self.actor_name, "actor", address, pid=os.getpid()))
+
+
+class Reporter:
+    """Writes Status lines to the launcher; a launcher that is gone is no error."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self, state: Any, detail: str = "") -> None:
+        try:
+            os.write(self._fd, msgspec.json.encode(Status(state, detail)) + b"\n")
+        except OSError:
+            pass
+
+
+def load_class(spec: ActorSpec) -> Any:
+    """Import an actor's class. Raises CannotStart."""
+    module_name, _, class_name = spec.class_path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except AttributeError:
+        raise CannotStart(f"module {module_name} has no class {class_name}") from None
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise CannotStart(f"there is no module {module_name}") from None
+        raise CannotStart(f'{module_name} needs the module {error.name}: run "pip install {error.name}"') from error
+
+
+def make_actor(kind: Any, config: dict[str, Any]) -> Any:
+    """Make an actor with its ``Config``, or with ``config`` as keywords where it has none. Raises CannotStart."""
+    settings = getattr(kind, "Config", None)
+    try:
+        if isinstance(settings, type) and issubclass(settings, msgspec.Struct):
+            return kind(msgspec.convert(config, settings, strict=True))
+        return kind(**config)
+    except (msgspec.ValidationError, TypeError) as error:
+        log.exception("cannot make %s", kind.__name__)
+        raise CannotStart(f"{kind.__name__} does not take these options: {error}") from error
+
+
+async def _start(node: Node, spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stack: AsyncExitStack) -> None:
+    directory = None if spec.directory is None else node.ref(spec.directory)
+    for actor_spec, actor in actors:
+        if not isinstance(actor, Actor):
+            node.add(actor_spec.name, actor)
+        else:
+            await start_actor(node, actor_spec.name, actor, directory=directory)
+            stack.push_async_callback(stop_actor, actor)
+        if spec.kind == "actor" and not any(
+            isinstance(value, Registration) for value in getattr(actor, "__dict__", {}).values()
+        ):
+            resident = Resident(actor_spec.name)
+            await start_actor(node, f"{actor_spec.name}.resident", resident, directory=directory)
+            stack.push_async_callback(stop_actor, resident)
+
+
+async def serve(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stop: asyncio.Event, report: Reporter) -> bool:
+    """Run a node until ``stop`` is set or an actor breaks; return whether all went well."""
+    crashes: list[str] = []
+
+    def on_crash(name: str, error: BaseException) -> None:
+        crashes.append(f"{name}: {type(error).__name__}: {error}")
+        stop.set()
+
+    tasks = Tasks(lambda error: None)  # What fails in them is raised where they are awaited.
+    node = Node(spec.name, endpoint=spec.endpoint, fleet=spec.fleet, on_crash=on_crash)
+    async with node, AsyncExitStack() as stack:
+        try:
+            starting, stopping = tasks.spawn(_start(node, spec, actors, stack)), tasks.spawn(stop.wait())
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                report("ready")
+                log.info("ready")
+            await stopping
+            log.info("stopping%s", f" ({crashes[0]})" if crashes else "")
+        finally:
+            await tasks.cancel()
+    if crashes:
+        report("failed", crashes[0])
+    return not crashes
+
+
+class LauncherWatch:
+    """A thread that waits for the launcher's end of standard input to close, then ends this process.
+
+    It asks the loop first, and where that hangs (or has not begun) it leaves without it, after HANG_S at the latest.
+    """
+
+    def __init__(self, spec: NodeSpec, fd: int) -> None:
+        self.is_orphan = False
+        self._spec = spec
+        self._fd = fd
+        self._stop: Callable[[], object] | None = None
+        threading.Thread(target=self._watch, name="launcher-watch", daemon=True).start()
+
+    def ask(self, stop: Callable[[], object]) -> None:
+        """Call ``stop`` from the thread when the launcher is gone; at once if it is already."""
+        self._stop = stop
+        if self.is_orphan:
+            stop()
+
+    def _watch(self) -> None:
+        try:
+            while os.read(self._fd, 4096):
+                pass
+        except OSError:
+            pass
+        log.warning("the launcher is gone")
+        self.is_orphan = True
+        if self._stop is not None:
+            try:
+                self._stop()
+            except RuntimeError:
+                pass  # The loop has ended already.
+            threading.Event().wait(HANG_S)
+        self.remove_run_dir()
+        os._exit(1)
+
+    def remove_run_dir(self) -> None:
+        """Remove the run directory, where that is this node's duty. Its lock goes last: then it may be made anew."""
+        if self._spec.removes is not None:
+            remove_run_dir(Path(self._spec.removes))
+
+
+def _tie_to_launcher(spec: NodeSpec) -> None:
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)
+    if spec.dies_with_launcher:
+        die_with_parent()
+    if spec.python_path is not None:
+        sys.path.insert(0, spec.python_path)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2:
+            try:
+                os.set_inheritable(fd, False)
+            except OSError:
+                pass  # The descriptor that listed them.
+
+
+async def _main(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], watch: LauncherWatch, report: Reporter) -> int:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    watch.ask(lambda: loop.call_soon_threadsafe(stop.set))
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    report("loading")
+    try:
+        return 0 if await serve(spec, actors, stop, report) else 1
+    except Exception as error:
+        log.exception("failed")
+        text = str(error)
+        report("failed", text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}")
+        return 1
+
+
+def main() -> int:
+    """Run the node that standard input describes; return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launcher, reports = os.dup(0), os.dup(1)
+    report = Reporter(reports)
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(launcher, 1 << 16)
+        if not piece:
+            return 1
+        line += piece
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    spec = msgspec.json.decode(line, type=NodeSpec)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s {spec.name} %(levelname)s %(name)s: %(message)s"
+    )
+    watch = LauncherWatch(spec, launcher)
+    report("starting")
+    _tie_to_launcher(spec)
+    try:
+        actors = [(each, make_actor(load_class(each), each.config)) for each in spec.actors]
+    except Exception as error:
+        log.exception("cannot start")
+        report("failed", str(error) if isinstance(error, CannotStart) else f"{type(error).__name__}: {error}")
+        return 1
+    import uvloop
+
+    code = uvloop.run(_main(spec, actors, watch, report))
+    if watch.is_orphan:
+        watch.remove_run_dir()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Every decision about a pool's blocks: the synchronous core of a KV manager.
+
+It never awaits and knows no messages. Each method either does all it says, or raises and changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from callboard.bus import UnknownActor
+
+from .accounts import EngineAccount, Grant, SequenceLease
+from .allocator import Allocator
+from .layout import OutOfBlocks, StaleReservation
+from .reservation import State
+from .reservation_table import ReservationTable
+from .tokens import TOKEN_BYTES, num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Blocks of ``tokens``, held for sending them: ``engine`` computes what is not cached.
+
+    Without an engine all of it is cached.
+    """
+
+    loan_id: str
+    engine: str | None
+    tokens: bytes
+    block_table: tuple[int, ...]
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where every block is; they add up to ``num_blocks``."""
+
+    num_blocks: int
+    free: int
+    cached: int
+    leased: int
+    reserved: int
+    quarantined: int
+    num_reservations: int
+    num_evicted: int
+
+
+class BlockManager:
+    """A pool, its prefix cache, its reservations, and what each engine holds.
+
+    ``new_id`` makes ids; times are seconds of the caller's clock. ``node`` is only for error sentences.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, lease_s: float, new_id: Callable[[], str], node: str = ""
+    ) -> None:
+        self.allocator = Allocator(num_blocks, block_size)
+        self.cache = self.allocator.cache
+        self.reservations = ReservationTable(self.allocator, lease_s=lease_s, new_id=new_id)
+        self._new_id = new_id
+        self._node = node
+        self._engines: dict[str, EngineAccount] = {}
+        self._lost: dict[str, EngineAccount] = {}
+        self._loans: dict[str, tuple[int, ...]] = {}
+
+    def account(self, engine: str) -> EngineAccount:
+        """Return an attached engine's account. Raises UnknownActor."""
+        account = self._engines.get(engine)
+        if account is None:
+            raise UnknownActor(actor=engine, node=self._node)
+        return account
+
+    def slabs(self) -> dict[str, int]:
+        """Return the number of slab blocks of each attached engine."""
+        return {name: len(account.slab) for name, account in self._engines.items()}
+
+    # ---- engines -------------------------------------------------------------------------------------------------
+
+    def attach(self, engine: str, incarnation: str) -> EngineAccount:
+        """Open an engine's account. Whatever it held before is given back: it has let go of it, or is dead."""
+        for accounts in (self._engines, self._lost):
+            old = accounts.pop(engine, None)
+            if old is not None:
+                self.cache.unpin(old.all_blocks())
+        self._engines[engine] = account = EngineAccount(engine, incarnation)
+        return account
+
+    def detach(self, account: EngineAccount, *, is_known: bool) -> None:
+        """Close an account: give all back if it is known that the engine writes no more, else quarantine it."""
+        if self._engines.get(account.engine) is not account:
+            return
+        del self._engines[account.engine]
+        if is_known:
+            self.cache.unpin(account.all_blocks())
+        else:
+            self._lost[account.engine] = account
+
+    def admit(self, engine: str, sequence_id: str, tokens: bytes) -> Grant:
+        """Match ``tokens`` and lease blocks for all of them. A repeat gets the same grant.
+
+        Raises OutOfBlocks, UnknownActor.
+        """
+        account = self.account(engine)
+        lease = account.sequences.get(sequence_id)
+        if lease is None:
+            match = self.cache.match(tokens)
+            table = self.allocator.take(match.blocks, self.allocator.blocks_for(num_tokens(tokens)))
+            lease = account.sequences[sequence_id] = SequenceLease(Grant(table, match.num_tokens))
+        return lease.grant
+
+    def adopt(self, engine: str, sequence_id: str, tokens: bytes, reservation_id: str) -> Grant:
+        """Move a sealed reservation's blocks to a sequence, and lease what ``tokens`` needs beyond them.
+
+        A repeat gets the same grant. Raises OutOfBlocks, StaleReservation, UnknownActor.
+        """
+        account = self.account(engine)
+        lease = account.sequences.get(sequence_id)
+        if lease is not None:
+            return lease.grant
+        held = self.reservations.get(reservation_id)
+        reservation = held.reservation
+        in_place = max(held.num_cached_tokens, reservation.end)
+        if tokens[: in_place * TOKEN_BYTES] != held.prompt[: in_place * TOKEN_BYTES]:
+            raise StaleReservation(reservation_id=reservation_id, reason="it was made for other tokens")
+        if reservation.state is not State.SEALED:
+            raise StaleReservation(reservation_id=reservation_id, reason=f"it is {reservation.state}")
+        total = self.allocator.blocks_for(num_tokens(tokens))
+        self.allocator.require_fit(total)
+        more = self.allocator.allocate(max(0, total - len(held.block_table)))
+        self.reservations.take(held)
+        lease = SequenceLease(Grant((*held.block_table, *more), in_place))
+        account.sequences[sequence_id] = lease
+        return lease.grant
+
+    def refill(self, engine: str, count: int) -> list[int]:
+        """Lease up to ``count`` blocks to an engine's slab; perhaps none. Raises UnknownActor."""
+        account = self.account(engine)
+        count = min(count, self.allocator.num_available)
+        while count > 0:
+            try:
+                blocks = self.allocator.allocate(count)
+            except OutOfBlocks:
+                # Not all that is idle can be evicted: some lies above blocks in use.
+                count //= 2
+                continue
+            account.slab.update(dict.fromkeys(blocks))
+            return blocks
+        return []
+
+    def give(self, engine: str, blocks: Sequence[int]) -> None:
+        """Take slab blocks back. Those that are not in the slab are ignored: the engine was attached anew."""
+        account = self._engines.get(engine)
+        if account is None:
+            return
+        given = [block for block in dict.fromkeys(blocks) if block in account.slab]
+        for block in given:
+            del account.slab[block]
+        self.cache.unpin(given)
+
+    def seal(self, engine: str, sequence_id: str, tokens: bytes, block_table: Sequence[int]) -> None:
+        """Let a sequence's full blocks into the cache. Does nothing for a sequence unknown here.
+
+        Raises ValueError for a table that cannot be the sequence's.
+        """
+        account = self._engines.get(engine)
+        if account is not None and sequence_id in account.sequences:
+            account.absorb(account.sequences[sequence_id], block_table)
+            self.cache.insert(tokens, block_table)
+
+    def finish(self, engine: str, sequence_id: str, tokens: bytes, block_table: Sequence[int]) -> None:
+        """Seal, and give the sequence's blocks back, also where sealing raises ValueError. A repeat does nothing."""
+        account = self._engines.get(engine)
+        if account is None or sequence_id not in account.sequences:
+            return
+        try:
+            self.seal(engine, sequence_id, tokens, block_table)
+        finally:
+            self.cache.unpin(account.sequences.pop(sequence_id).blocks)
+
+    # ---- sending -------------------------------------------------------------------------------------------------
+
+    def lend(self, engine: str, prompt: bytes, end: int) -> Loan:
+        """Hold the blocks of ``prompt[:end]`` for sending; the engine is to compute what is not cached.
+
+        Raises OutOfBlocks, UnknownActor.
+        """
+        loan_id = f"send:{self._new_id()}"
+        tokens = prompt[: end * TOKEN_BYTES]
+        match = self.cache.match(prompt)
+        total = self.allocator.blocks_for(end)
+        if match.num_tokens >= end:
+            table = match.blocks[:total]
+            self.cache.pin(table)
+            self._loans[loan_id] = table
+            return Loan(loan_id, None, tokens, table, end)
+        grant = self.admit(engine, loan_id, tokens)
+        return Loan(loan_id, engine, tokens, grant.block_table, grant.num_cached_tokens)
+
+    def has_computed(self, loan: Loan) -> bool:
+        """Take a loan back from the engine that has computed it, for the rest of its life, and cache it.
+
+        Returns False, and does nothing, if the engine was detached meanwhile: the blocks may be others' by now.
+        """
+        account = self._engines.get(loan.engine) if loan.engine is not None else None
+        if account is None or loan.loan_id not in account.sequences:
+            return False
+        self._loans[loan.loan_id] = tuple(account.sequences.pop(loan.loan_id).blocks)
+        self.cache.insert(loan.tokens, loan.block_table)
+        return True
+
+    def end_loan(self, loan: Loan) -> None:
+        """Give a loan back: nobody reads or writes its blocks any more. A repeat does nothing."""
+        if loan.loan_id in self._loans:
+            self.cache.unpin(self._loans.pop(loan.loan_id))
+        elif loan.engine is not None:
+            self.finish(loan.engine, loan.loan_id, b"", ())
+
+    def is_with_engine(self, loan: Loan) -> bool:
+        """Return whether the engine may still write into the loan's blocks, and is attached."""
+        account = self._engines.get(loan.engine) if loan.engine is not None else None
+        return account is not None and loan.loan_id in account.sequences
+
+    # ---- accounting ----------------------------------------------------------------------------------------------
+
+    def counts(self) -> Counts:
+        """Count where every block is. One that several hold counts as what is hardest to get back."""
+        places = self._places()
+        found = dict.fromkeys(("quarantined", "leased", "reserved"), 0)
+        counted: set[int] = set()
+        for name in found:
+            fresh = set(places[name]) - counted
+            found[name] = len(fresh)
+            counted |= fresh
+        return Counts(
+            num_blocks=self.allocator.pool.num_blocks,
+            free=self.allocator.pool.num_free,
+            cached=self.cache.num_idle,
+            num_reservations=len(self.reservations),
+            num_evicted=self.cache.num_evicted,
+            **found,
+        )
+
+    def check_integrity(self) -> list[str]:
+        """Return what is wrong: nothing, unless there is a bug."""
+        pool = self.allocator.pool
+        problems = pool.check_integrity() + self.cache.check_integrity() + self.reservations.check_integrity()
+        holds = [0] * pool.num_blocks
+        for blocks in self._places().values():
+            for block in blocks:
+                holds[block] += 1
+        for block in range(pool.num_blocks):
+            expected = holds[block] + (block in self.cache)
+            if pool.refs(block) != expected:
+                problems.append(f"block {block} has {pool.refs(block)} references and {expected} holders")
+        for account in (*self._engines.values(), *self._lost.values()):
+            for block in account.slab:
+                if pool.refs(block) != 1 or block in self.cache:
+                    problems.append(f"slab block {block} of {account.engine} is somebody else's too")
+        counts = self.counts()
+        total = counts.free + counts.cached + counts.leased + counts.reserved + counts.quarantined
+        if total != counts.num_blocks:
+            problems.append(f"{total} of {counts.num_blocks} blocks are accounted for")
+        return problems
+
+    def _places(self) -> dict[str, list[int]]:
+        """Return the blocks of each kind of holder, once for each hold."""
+        places: dict[str, list[int]] = {
+            "quarantined": self.reservations.blocks(is_quarantined=True),
+            "leased": [block for table in self._loans.values() for block in table],
+            "reserved": self.reservations.blocks(is_quarantined=False),
+        }
+        for account in self._engines.values():
+            places["leased"].extend(account.all_blocks())
+        for account in self._lost.values():
+            places["quarantined"].extend(account.all_blocks())
+        return places

@@ -1,0 +1,168 @@
+"""One run of a script for one request: what it has taken from the fleet, and how all of it comes back.
+
+A script may be cancelled at any await, forget a scope, or die. Whatever it took (reservations, streams, its place
+in the load counts) is noted here when it is taken and given back when the attempt closes.
+"""
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from callboard.actors.actor import Actor
+from callboard.actors.protocol import Entry, KvAddr, Release, SubRequest
+from callboard.bus import ActorDied, BusError, LinkLost, Ref, UnknownActor
+
+from .loads import Loads
+from .request import Request
+from .spans import Spans
+
+GONE = (ActorDied, LinkLost, UnknownActor)
+"""The far side is dead or out of reach, or its process lives on without it: another engine may do better."""
+RELEASE_S = 2.0
+"""Limit of a release: the lease on the reservation ends it anyway."""
+
+
+class Span:
+    """One call of a verb while it runs. ``facts`` are fields of SubRequest; recorded once."""
+
+    def __init__(self, request_id: str, verb: str, actor: str, start_s: float) -> None:
+        self.request_id = request_id
+        self.verb = verb
+        self.actor = actor
+        self.start_s = start_s
+        self.error = ""
+        self.facts: dict[str, Any] = {}
+        self.is_recorded = False
+
+
+class Attempt:
+    """What one run of a script holds. ``close`` gives back all of it; afterwards no verb can be called."""
+
+    def __init__(self, router: Actor, request: Request, loads: Loads, spans: Spans) -> None:
+        self.node = router.node
+        self.request = request
+        self.loads = loads
+        self._router = router
+        self._spans = spans
+        self._is_closed = False
+        self._picked: dict[str, int] = {}
+        self._reservations: dict[tuple[str, str], KvAddr] = {}
+        self._open: dict[Callable[[], Awaitable[None]], None] = {}
+
+    # ---- places in the load counts
+
+    def pick(self, engine: str) -> None:
+        """Count the request as the engine's from now on. A repeat does nothing."""
+        if self._is_closed:
+            raise RuntimeError(f"request {self.request.id} has ended, its script may ask for nothing more")
+        if engine not in self._picked:
+            self._picked[engine] = 0
+            self.loads.take(engine)
+
+    def unpick(self, engine: str) -> None:
+        """Take a pick back, unless a verb runs there."""
+        if self._picked.get(engine) == 0:
+            del self._picked[engine]
+            self.loads.give_back(engine)
+
+    # ---- calls of verbs
+
+    def manager_of(self, entry: Entry) -> Ref:
+        """Return the KV manager of an engine. Raises UnknownActor."""
+        if entry.manager is None:
+            raise UnknownActor(actor=f"KV manager of {entry.name}", node=entry.address.node)
+        return self.node.ref(entry.manager)
+
+    @contextmanager
+    def call(self, verb: str, entry: Entry, *, keeps_place: bool = False) -> Iterator[Span]:
+        """Record a call and its failure; with ``keeps_place`` the engine keeps the request afterwards."""
+        self.pick(entry.name)
+        self._picked[entry.name] += 1
+        span = Span(self.request.id, verb, entry.name, self.node.clock.now())
+        try:
+            yield span
+        except (asyncio.CancelledError, GeneratorExit):
+            span.error = "cancelled"
+            raise
+        except Exception as error:
+            span.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, GONE):
+                self.loads.suspect(entry, self.node.clock.now())
+            raise
+        finally:
+            self.record(span)
+            if entry.name in self._picked:
+                self._picked[entry.name] -= 1
+                if not keeps_place:
+                    self.unpick(entry.name)
+
+    def record(self, span: Span) -> None:
+        """Keep a call as over now. A repeat does nothing."""
+        if not span.is_recorded:
+            span.is_recorded = True
+            end_s = self.node.clock.now()
+            self._spans.add(
+                SubRequest(span.request_id, span.verb, span.actor, span.start_s, end_s, error=span.error, **span.facts)
+            )
+
+    # ---- reservations
+
+    def took(self, addr: KvAddr) -> None:
+        """Note a reservation that must come back."""
+        self._reservations[_key(addr)] = addr
+
+    def adopted(self, addr: KvAddr) -> None:
+        """Note that an engine has the reservation's blocks now: there is nothing left to release."""
+        self._reservations.pop(_key(addr), None)
+
+    async def release(self, addr: KvAddr) -> None:
+        """Give a reservation back if nobody adopted it. Goes on when the caller is cancelled; never raises BusError."""
+        if self._reservations.pop(_key(addr), None) is not None:
+            await asyncio.shield(self.spawn_detached(self.send_release(addr)))
+
+    async def send_release(self, addr: KvAddr) -> None:
+        """Ask a manager to take its reservation back."""
+        try:
+            await self.node.ref(addr.manager).ask(Release(addr), timeout=RELEASE_S)
+        except BusError:
+            pass  # Gone with its manager, or its lease will end it.
+
+    def spawn_detached(self, coroutine: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        """Run a coroutine as the router's task, outside of the request's deadline and cancellation."""
+        return contextvars.Context().run(self._router.spawn, coroutine)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        """Run a coroutine as the router's task, under the request's deadline."""
+        return self._router.spawn(coroutine)
+
+    # ---- the end
+
+    def opened(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Note something to be closed with the attempt."""
+        self._open[close] = None
+
+    def closed(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Forget what was closed."""
+        self._open.pop(close, None)
+
+    async def close(self) -> None:
+        """End every stream, then release every reservation. A repeat does nothing."""
+        self._is_closed = True
+        try:
+            for close in list(self._open):
+                await close()
+            self._open.clear()
+        finally:
+            releases = [self.spawn_detached(self.send_release(addr)) for addr in self._reservations.values()]
+            self._reservations.clear()
+            for engine in self._picked:
+                self.loads.give_back(engine)
+            self._picked.clear()
+        for release in releases:
+            await asyncio.shield(release)
+
+
+def _key(addr: KvAddr) -> tuple[str, str]:
+    return addr.epoch, addr.reservation_id

@@ -1,0 +1,132 @@
+"""An engine as a script sees it: the three verbs, typed, checked and recorded.
+
+``prep_recv`` and ``remote_send`` go to the engine's KV manager, ``start_generate`` to the engine itself.
+"""
+
+from callboard.actors.protocol import Abort, Entry, Load, PrepRecv, RemoteSend, Sent, StartGenerate
+from callboard.bus import Ref
+from callboard.kv.layout import BadRange
+
+from .attempt import Attempt
+from .generation import Generation
+from .request import Request
+from .reservation import PrepRecvCall, Reserved
+
+LONGEST_WAIT_S = 30.0
+"""The longest that a manager is asked to wait for free blocks."""
+NOTHING_SENT = Sent(0, "", 0, 0, 0.0, 0.0, 0.0, 0.0)
+
+
+class Engine:
+    """One engine, for one run of a script."""
+
+    def __init__(self, entry: Entry, attempt: Attempt) -> None:
+        self.entry = entry
+        self._attempt = attempt
+
+    @property
+    def name(self) -> str:
+        """The engine's name in the fleet."""
+        return self.entry.name
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What it is for; empty means everything."""
+        return self.entry.roles
+
+    @property
+    def model(self) -> str:
+        """The model it serves."""
+        return self.entry.model
+
+    @property
+    def load(self) -> Load:
+        """How busy it is, this router's own requests counted to this instant."""
+        return self._attempt.loads.load(self.entry)
+
+    @property
+    def last_picked(self) -> int:
+        """Larger the later this router picked the engine, 0 if never."""
+        return self._attempt.loads.last_picked(self.name)
+
+    def has_role(self, role: str) -> bool:
+        """Return whether the engine takes that part; without explicit roles it takes every one."""
+        return not self.roles or role in self.roles
+
+    def pick(self) -> None:
+        """Count the request as this engine's from now on, before the first verb."""
+        self._attempt.pick(self.name)
+
+    def prep_recv(self, request: Request, end: int | None = None) -> PrepRecvCall:
+        """Match the prompt here and reserve blocks for what is missing of ``prompt[:end]``.
+
+        ``kv = await e.prep_recv(request)``, or ``async with e.prep_recv(request) as kv:``, which releases at its end
+        what no engine adopted. Raises BadRange, OutOfBlocks.
+        """
+        end_token = request.bound(end, default=request.num_tokens)
+        self.pick()
+        message = PrepRecv(request.id, request.attempt, request.packed_prompt, end_token, _wait_s(request))
+        return PrepRecvCall(self.entry, self._attempt, message)
+
+    async def remote_send(
+        self, request: Request, kv: Reserved, begin: int | None = None, end: int | None = None
+    ) -> Sent:
+        """Compute what is lacking here of ``prompt[:end]`` and write ``[begin, end)`` into the reservation.
+
+        By default all that the receiver lacks; what it has already (before ``kv.begin``) is not sent again, and for
+        an empty range nothing is. Raises BadRange, StaleReservation, OutOfBlocks.
+        """
+        begin, end = request.bound(begin, default=kv.begin), request.bound(end, default=kv.end)
+        if begin > end and begin > kv.begin:
+            raise BadRange(begin=begin, end=end, num_tokens=request.num_tokens, reason="it ends before it begins")
+        if end > kv.end:
+            reason = f"the reservation ends at {kv.end}"
+            raise BadRange(begin=begin, end=end, num_tokens=request.num_tokens, reason=reason)
+        begin = max(begin, kv.begin)
+        if begin >= end:
+            self._attempt.unpick(self.name)
+            return NOTHING_SENT
+        prompt, wait_s = request.packed_prompt, _wait_s(request)
+        message = RemoteSend(request.id, request.attempt, prompt, kv.addr, begin, end, self.name, wait_s)
+        with self._attempt.call("remote_send", self.entry) as span:
+            sent = await self._attempt.manager_of(self.entry).ask(message, timeout=request.deadline)
+            span.facts = {
+                "num_bytes": sent.num_bytes,
+                "lane": sent.lane,
+                "num_computed_tokens": sent.num_computed_tokens,
+                "num_reused_tokens": sent.num_reused_tokens,
+            }
+        return sent
+
+    def start_generate(self, request: Request, begin: int | None = None, kv: Reserved | None = None) -> Generation:
+        """Adopt the reservation, compute the KV of ``prompt[begin:]`` (by default all it lacks), and decode."""
+        begin_token = None if begin is None else request.bound(begin, default=0)
+        self.pick()
+        message = StartGenerate(
+            request.id,
+            request.attempt,
+            request.packed_prompt,
+            request.sampling,
+            begin_token,
+            None if kv is None else kv.addr,
+        )
+        return Generation(self.entry, self._attempt, message)
+
+    async def release(self, kv: Reserved) -> None:
+        """Give a reservation back before its scope ends. A repeat does nothing."""
+        await self._attempt.release(kv.addr)
+
+    async def abort(self, request: Request) -> None:
+        """End every sequence of the request on this engine. A repeat does nothing."""
+        await self.ref().ask(Abort(request.id), timeout=request.deadline)
+
+    def ref(self) -> Ref:
+        """Return the engine's ref."""
+        return self._attempt.node.ref(self.entry.address)
+
+    def __repr__(self) -> str:
+        return f"Engine({self.name})"
+
+
+def _wait_s(request: Request) -> float:
+    return min(LONGEST_WAIT_S, request.deadline)

@@ -1,0 +1,64 @@
+"""How long a request waits for an engine that is not there yet."""
+
+import asyncio
+from collections.abc import Callable
+
+from callboard.actors.protocol import View
+from callboard.actors.registration import DirectoryView
+from callboard.bus.clock import Clock
+
+from .loads import Loads
+from .request import Request
+
+
+class Patience:
+    """One request's allowance of waiting, over all its attempts."""
+
+    def __init__(
+        self, view: DirectoryView, loads: Loads, clock: Clock, *, patience_s: float, is_fleet_starting: bool
+    ) -> None:
+        self._view = view
+        self._loads = loads
+        self._clock = clock
+        self._until = clock.now() + patience_s
+        self._is_fleet_starting = is_fleet_starting
+
+    async def waits_for_first_view(self, request: Request) -> None:
+        """Wait until the directory has answered once; without an answer the fleet is empty."""
+        if not self._view.has_view:
+            await self._wait(request, lambda _: True, self._left(request))
+
+    async def waits_for_engine(self, request: Request, *, is_retry: bool) -> bool:
+        """Wait until other engines of the model are ready than now; return False if that is not to be expected."""
+        entries = [e for e in self._view.entries("engine") if e.model == request.model]
+        now = self._clock.now()
+        suspected = [u for e in entries if (u := self._loads.suspected_until(e, now)) is not None]
+        is_starting = self._is_fleet_starting or any(e.state not in ("ready", "draining") for e in entries)
+        is_coming = is_retry or bool(suspected) or is_starting
+        left = self._left(request)
+        if not is_coming or left <= 0:
+            return False
+        before = self._offered(request)
+        next_parole = min((until - now for until in suspected), default=left)
+        await self._wait(request, lambda _: self._offered(request) != before, min(left, next_parole))
+        return True
+
+    def _left(self, request: Request) -> float:
+        return min(self._until - self._clock.now(), request.deadline)
+
+    def _offered(self, request: Request) -> list[object]:
+        now = self._clock.now()
+        return [
+            (entry.name, entry.address, entry.manager, entry.pid, entry.roles)
+            for entry in self._view.entries("engine")
+            if entry.model == request.model
+            and entry.state == "ready"
+            and self._loads.suspected_until(entry, now) is None
+        ]
+
+    async def _wait(self, request: Request, predicate: Callable[[View], bool], seconds: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._view.wait_for(predicate)
+        except TimeoutError:
+            pass

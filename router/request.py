@@ -1,0 +1,60 @@
+"""The request as a script sees it, and ranges of its prompt."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from callboard.actors.protocol import Generate, SamplingParams
+from callboard.kv.layout import BadRange
+from callboard.kv.tokens import num_tokens, unpack_tokens
+
+
+class Request:
+    """One sequence for one client. Scripts read it; a retry gets one of its own with ``attempt`` counted up."""
+
+    def __init__(
+        self,
+        message: Generate,
+        *,
+        attempt: int,
+        remaining_s: Callable[[], float],
+        note: Callable[[dict[str, str]], None],
+    ) -> None:
+        self.id: str = message.request_id
+        self.model: str = message.model
+        self.sampling: SamplingParams = message.sampling
+        self.priority: int = message.priority
+        self.headers: Mapping[str, str] = message.headers
+        self.num_tokens: int = num_tokens(message.prompt)
+        self.attempt: int = attempt
+        """0 at first; counted up when an engine died before the first token."""
+        self.packed_prompt: bytes = message.prompt
+        self._prompt: list[int] | None = None
+        self._remaining_s = remaining_s
+        self._note = note
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's token ids."""
+        if self._prompt is None:
+            self._prompt = unpack_tokens(self.packed_prompt)
+        return self._prompt
+
+    @property
+    def deadline(self) -> float:
+        """Seconds left for this request."""
+        return self._remaining_s()
+
+    def note(self, **why: Any) -> None:
+        """Put the reasons of a choice into the request's trace."""
+        self._note({key: str(value) for key, value in why.items()})
+
+    def bound(self, value: int | None, *, default: int) -> int:
+        """Return a bound of a range as a token position: negative counts from the end. Raises BadRange."""
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise BadRange(begin=repr(value), end="...", num_tokens=self.num_tokens, reason="bounds are integers")
+        position = value + self.num_tokens if value < 0 else value
+        if not 0 <= position <= self.num_tokens:
+            raise BadRange(begin=0, end=value, num_tokens=self.num_tokens, reason=f"{value} lies outside of the prompt")
+        return position

@@ -1,0 +1,153 @@
+"""A fleet in one process, of the production actors over the in-process transport, for tests."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from callboard.actors.actor import Actor, start_actor, stop_actor
+from callboard.actors.directory import Directory
+from callboard.actors.engine.engine import Engine
+from callboard.actors.kv_manager import KvManager
+from callboard.actors.protocol import (
+    Generate,
+    GetKvStats,
+    GetSubRequests,
+    KvStats,
+    SamplingParams,
+    SubRequest,
+    Token,
+    Usage,
+)
+from callboard.bus import Clock, Node, Ref
+from callboard.bus.transports.inproc import InprocHub
+from callboard.kv.layout import KvLayout
+from callboard.kv.tokens import pack_tokens
+from callboard.router.actor import RouterActor
+
+
+@dataclass
+class Generated:
+    """What one request brought."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+class Fleet:
+    """Nodes and actors of one fleet, and a client's view of it."""
+
+    def __init__(self, hub: InprocHub, stack: AsyncExitStack, clock: Clock | None, seed: int) -> None:
+        self.hub, self.stack, self.clock, self.seed = hub, stack, clock, seed
+        self.nodes: dict[str, Node] = {}
+        self.actors: dict[str, Actor] = {}
+        self.managers: dict[str, Ref] = {}
+        self.client: Node
+        self.router: Ref
+        self._num_requests = 0
+
+    async def node(self, name: str) -> Node:
+        node = Node(
+            name,
+            endpoint=f"inproc://{name}",
+            transport=self.hub.transport(),
+            fleet="test",
+            clock=self.clock,
+            seed=self.seed,
+        )
+        self.nodes[name] = await self.stack.enter_async_context(node)
+        return node
+
+    async def start(self, node: Node, name: str, actor: Actor, directory: Ref | None) -> Ref:
+        ref = await start_actor(node, name, actor, directory=directory)
+        self.stack.push_async_callback(stop_actor, actor)
+        self.actors[name] = actor
+        return self.client.ref(ref.address)
+
+    async def generate(
+        self, prompt: list[int], sampling: SamplingParams | None = None, *, request_id: str = "", **options: Any
+    ) -> Generated:
+        """Ask the router for one sequence and collect it; positions must be consecutive."""
+        if not request_id:
+            self._num_requests += 1
+            request_id = f"request-{self._num_requests}"
+        message = Generate(request_id, "tiny", pack_tokens(prompt), sampling or SamplingParams(), **options)
+        result = Generated()
+        async with self.router.stream(message, timeout=120) as tokens:
+            async for token in tokens:
+                assert isinstance(token, Token)
+                assert token.position == len(result.tokens)
+                result.tokens.append(token.id)
+                result.finish_reason, result.usage = token.finish_reason, token.usage
+        return result
+
+    async def sub_requests(self, request_id: str | None = None) -> list[SubRequest]:
+        return list((await self.router.ask(GetSubRequests(request_id))).items)
+
+    async def stats(self, manager: str) -> KvStats:
+        return await self.managers[manager].ask(GetKvStats(recall=True))
+
+    async def assert_nothing_leaks(self) -> None:
+        """Wait until every block is free or cached, and check the integrity of pools and caches."""
+        async with asyncio.timeout(10):
+            for name in self.managers:
+                while True:
+                    stats = await self.stats(name)
+                    assert not stats.problems, stats.problems
+                    if stats.free + stats.cached == stats.num_blocks and not stats.num_reservations:
+                        break
+                    await asyncio.sleep(0.02)
+                assert stats.quarantined == 0
+
+
+def roles_of(name: str) -> tuple[str, ...]:
+    return {"p": ("prefill",), "d": ("decode",)}.get(name[0], ("prefill", "decode"))
+
+
+@asynccontextmanager
+async def running_fleet(
+    *,
+    layout: KvLayout,
+    model: Path | str = "",
+    engines: tuple[str, ...] = ("p", "d"),
+    script: str = "disaggregate",
+    options: dict[str, Any] | None = None,
+    num_blocks: int = 256,
+    hub: InprocHub | None = None,
+    clock: Clock | None = None,
+    seed: int = 0,
+    lease_s: float = 10.0,
+    **engine_options: Any,
+) -> AsyncIterator[Fleet]:
+    """Start directory, router, and an engine with a KV manager of its own per name (p...: prefill, d...: decode)."""
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(hub or InprocHub(), stack, clock, seed)
+        fleet.client = await fleet.node("client")
+        control = await fleet.node("control")
+        directory = await fleet.start(control, "directory", Directory(), None)
+        for name in engines:
+            kv_node = await fleet.node(f"kv-{name}")
+            manager = KvManager(
+                KvManager.Config(name=f"kv-{name}", layout=layout, num_blocks=num_blocks, device="cpu", lease_s=lease_s)
+            )
+            own_directory = kv_node.ref(directory.address)
+            ref = await fleet.start(kv_node, f"kv-{name}", manager, own_directory)
+            fleet.managers[f"kv-{name}"] = ref
+            engine_node = await fleet.node(name)
+            config = Engine.Config(
+                name=name,
+                model="tiny",
+                path=str(model),
+                roles=roles_of(name),
+                manager=ref.address,
+                runner="transformers" if model else "simulated",
+                block_size=layout.block_size,
+                **engine_options,
+            )
+            await fleet.start(engine_node, name, Engine(config), engine_node.ref(directory.address))
+        router = RouterActor(RouterActor.Config(name="main", script=script, options=options or {}))
+        fleet.router = await fleet.start(control, "main", router, directory)
+        yield fleet

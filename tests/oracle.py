@@ -1,0 +1,45 @@
+"""The one oracle of all tests with real models: every token is the best one, given those before it.
+
+The tokens are teacher-forced through plain transformers in one forward. A lost, repeated or wrong token fails;
+a near-tie that another batch shape decided otherwise does not.
+"""
+
+import torch
+from msgspec.structs import replace
+from transformers import PreTrainedModel
+
+from callboard.actors.engine.sampling import MIN_TEMPERATURE, candidates, noise
+from callboard.actors.protocol import SamplingParams
+
+TOLERANCE = 1e-3
+MASS_TOLERANCE = 1e-4
+
+
+@torch.inference_mode()
+def assert_tokens_pass_oracle(
+    model: PreTrainedModel, prompt: list[int], tokens: list[int], sampling: SamplingParams | None = None
+) -> None:
+    """Raise AssertionError unless each token's (noise-shifted) logit lies within TOLERANCE of the best one's."""
+    sampling = sampling or SamplingParams()
+    assert tokens, "nothing was generated"
+    logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :].float()
+    for position, token in enumerate(tokens):
+        shortfall = _shortfall(logits[position], token, position, sampling)
+        assert shortfall <= TOLERANCE, f"token {token} at {position} lies {shortfall:.4f} below the best of its place"
+
+
+def _shortfall(logits: torch.Tensor, token: int, position: int, sampling: SamplingParams) -> float:
+    if sampling.temperature < MIN_TEMPERATURE:
+        return float(logits.max() - logits[token])
+    shifted = logits + sampling.temperature * noise(sampling.seed, sampling.index, position, len(logits))
+    # The last candidate of top-p may fall either side of the threshold: it is allowed, and not demanded.
+    allowed, demanded = (_with_mass(logits, sampling, slack) for slack in (MASS_TOLERANCE, -MASS_TOLERANCE))
+    if token not in allowed.tolist():
+        return float("inf")
+    return float(shifted[demanded].max() - shifted[token])
+
+
+def _with_mass(logits: torch.Tensor, sampling: SamplingParams, slack: float) -> torch.Tensor:
+    if sampling.top_p >= 1.0:
+        return candidates(logits, sampling)
+    return candidates(logits, replace(sampling, top_p=min(1.0, max(1e-9, sampling.top_p + slack))))

@@ -1,0 +1,122 @@
+"""The fleet file: what is wrong with it is said in one sentence, with its line and its remedy."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callboard.tools.errors import FleetFileError
+from callboard.tools.fleet_check import check_fleet
+from callboard.tools.fleet_file import decode_fleet_file, load_fleet_file
+from callboard.tools.toml_lines import TomlLines
+
+GOOD = """\
+name = "demo"
+[models.tiny]
+path = "model"
+[[engine]]
+name = "prefill"
+roles = ["prefill"]
+device = "cpu:0"
+[[engine]]
+name = "decode"
+device = "cpu:1"
+[[router]]
+name = "main"
+script = "disaggregate"
+"""
+
+# What to replace in the good file, by what; the line and the words of the sentence that must follow.
+BAD = [
+    ('device = "cpu:1"', 'devise = "cpu:1"', 10, 'unknown key "devise" in [[engine]]: did you mean "device"?'),
+    ('name = "demo"', 'nmae = "demo"', 1, 'unknown key "nmae" in the top level: did you mean "name"?'),
+    ('path = "model"', 'paths = "model"', 3, 'did you mean "path"?'),
+    ('path = "model"', "path = 7", 3, "path must be a string, not 7"),
+    ('path = "model"', "", 2, "[models.tiny] lacks path"),
+    ('path = "model"', 'path = "nowhere"', 3, "there is no model at"),
+    ('path = "model"', 'path = "model"\nquantize = "int4"', 4, "is not supported by this version"),
+    ('path = "model"', 'path = "model"\ndtype = "fp32"', 4, 'dtype must be "auto" or "float32" or'),
+    ("[models.tiny]", "[models]", 3, '[models.path] must be a table, not "model"'),
+    ('name = "decode"', 'name = "prefill"', 9, 'the name "prefill" is taken: an actor on line 5 has it'),
+    ('name = "decode"', 'name = "control"', 9, 'the name "control" is taken: Callboard names'),
+    ('name = "decode"', 'name = "kv-cpu0"', 9, "the KV manager of cpu:0 has that name"),
+    ('name = "decode"', 'name = "a/b"', 9, '"a/b" is no name'),
+    ('name = "decode"', 'name = "decode"\nmodel = "tinny"', 10, 'there is no model "tinny": did you mean "tiny"?'),
+    ('name = "decode"', 'name = "decode"\ntp = 2', 10, "tensor parallelism does not exist yet, write tp = 1"),
+    ('name = "decode"', 'name = "decode"\ncount = 0', 10, "count must be at least 1, not 0"),
+    ('name = "decode"', 'name = "decode"\nrestart = { polcy = "never" }', 10, 'did you mean "policy"?'),
+    ('name = "decode"', 'name = "decode"\nrestart = { backoff = "soon" }', 10, '"soon" is no duration'),
+    ('device = "cpu:1"', 'device = "cuda:0"', 10, "this version runs on CPUs only"),
+    ('device = "cpu:1"', 'device = "gpu"', 10, '"gpu" is no device'),
+    (
+        'device = "cpu:1"',
+        'device = "cpu:0"\nblock_size = 32',
+        11,
+        "share one pool, and another one has block_size",
+    ),
+    ('roles = ["prefill"]', 'roles = ["prefil"]', 6, 'roles must be a list of "prefill" or "decode"'),
+    ('roles = ["prefill"]', "roles = []", 6, "roles must name"),
+    ('script = "disaggregate"', 'script = "disagregate"', 13, "there is no router script"),
+    ('script = "disaggregate"', 'script = "broken.py"', 13, "broken.py:1"),
+    ('script = "disaggregate"', "", 11, "[[router]] lacks script"),
+    ("[[router]]", "[router]", 11, "write [[router]] with double brackets"),
+    ('name = "demo"', 'name = "demo"\nversion = 2', 2, "version must be 1, not 2"),
+    ('name = "demo"', 'name = "my fleet"', 1, '"my fleet" is no name'),
+    ("[[router]]", '[defaults.kv]\nsize = "1 gallon"\n[[router]]', 12, '"1 gallon" is no size'),
+    ("[[router]]", '[defaults.kv]\nsize = "180%"\n[[router]]', 12, "more than there is"),
+    ("[[router]]", '[defaults.kv]\nlease = "0s"\n[[router]]', 12, "lease must be longer than nothing"),
+    ("[[router]]", '[defaults.kv]\ntransport = "ucx"\n[[router]]', 12, 'write transport = "auto"'),
+    ("[[router]]", "[defaults.kv]\nverify = true\n[[router]]", 12, '"verify" in [defaults.kv] is not supported'),
+    ("[[router]]", '[listen]\nhttp = "localhost"\n[[router]]', 12, '"localhost" is no address'),
+    ("[[router]]", '[listen]\nbus = "tcp://1.2.3.4:5"\n[[router]]', 12, 'write bus = "ipc"'),
+    ("[[router]]", '[[actor]]\nname = "x"\n[[router]]', 11, "[[actor]] lacks class"),
+    ("[[router]]", '[[actor]]\nname = "x"\nclass = "x"\n[[router]]', 13, 'write "module:Class"'),
+    ("[[router]]", '[[actor]]\nname = "x"\nclass = "nowhere:X"\n[[router]]', 13, "there is no module nowhere"),
+    ("[[router]]", "[[router]\n", 11, "not valid TOML"),
+]
+
+
+def check(text: str, place: Any) -> None:
+    check_fleet(decode_fleet_file(text, source="fleet.toml", base=place.folder))
+
+
+@pytest.mark.parametrize(("old", "new", "line", "words"), BAD, ids=[case[1].strip() or case[0] for case in BAD])
+def test_a_bad_file_is_refused_with_line_and_remedy(place: Any, old: str, new: str, line: int, words: str) -> None:
+    place.model()
+    place.write("async def route(request fleet):\n", "broken.py")
+    with pytest.raises(FleetFileError) as caught:
+        check(GOOD.replace(old, new, 1), place)
+    [problem] = caught.value.problems
+    assert words in problem
+    if "TOML" not in words:
+        assert problem.startswith(f"fleet.toml:{line}: ")
+    assert str(line) in problem
+    assert "\n" not in problem
+
+
+def test_the_good_file_is_good(place: Any) -> None:
+    place.model()
+    check(GOOD, place)
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_file(place: Any) -> None:
+    with pytest.raises(FleetFileError) as caught:
+        check('nme = "x"\n[lisen]\n[models.a]\npath = 3\n[[engine]]\nname = "e"\ntp = "two"\n', place)
+    lines = [int(re.match(r"fleet\.toml:(\d+):", problem)[1]) for problem in caught.value.problems]  # type: ignore[index]
+    assert lines == [1, 2, 4, 7]
+
+
+def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(FleetFileError, match="callboard init"):
+        load_fleet_file(tmp_path / "none.toml")
+
+
+def test_lines_are_found_in_nested_inline_and_dotted_tables() -> None:
+    lines = TomlLines(
+        'a = 1\n[b.c]\nd.e = 2\n[[f]]\ng = { h = 1, i = 2 }\n[[f]]\ntext = """\ng = 1\n"""\n[f.j]\nk = 3\n'
+    )
+    places = [("a",), ("b",), ("b", "c", "d", "e"), ("f", 0, "g", "i"), ("f", 1), ("f", 1, "text"), ("f", 1, "j", "k")]
+    assert [lines.line_of(path) for path in places] == [1, 2, 3, 5, 6, 7, 11]
+    assert lines.line_of(("f", 1, "unknown")) == 6
+    assert lines.line_of(("nothing",)) is None

@@ -1,0 +1,124 @@
+"""Fleets of real processes: they come up, come back, end in order, and leave nothing."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+Eventually = Callable[..., None]
+
+
+def test_a_users_actor_starts_from_a_fleet_file_and_answers(place: Any) -> None:
+    done = place.callboard("up", place.actor_fleet(options='{ greeting = "hello" }'), "--detach")
+    assert (done.returncode, "Fleet test is up." in done.stdout) == (0, True)
+    assert place.ask('Greet("you")').stdout.strip() == "hello you"
+    row = place.row()
+    assert (row["kind"], row["state"]) == ("actor", "ready")
+    assert row["pid"] in place.processes()
+    assert place.callboard("logs").stdout.split() == ["control", "launcher", "ping"]
+    assert "ready" in place.callboard("logs", "ping").stdout
+    assert "ping" in place.callboard("ps").stdout
+    assert place.callboard("down").returncode == 0
+    assert place.is_empty()
+
+
+def test_a_crashed_actor_comes_back_and_the_log_says_why(place: Any, eventually: Eventually) -> None:
+    place.callboard("up", place.actor_fleet(), "--detach")
+    before = place.row()["pid"]
+    assert place.ask("Die()").stdout.strip() == "ActorDied"
+    eventually(lambda: place.row()["num_restarts"] == 1 and place.row()["state"] == "ready")
+    assert place.row()["pid"] not in (0, before)
+    assert place.ask('Greet("again")').stdout.strip() == "hi again"
+    assert "RuntimeError: a bug" in place.callboard("logs", "ping").stdout
+
+
+def test_an_actor_that_fails_too_often_is_given_up_and_shown(place: Any, eventually: Eventually) -> None:
+    place.callboard("up", place.actor_fleet(restart='{ backoff = "10ms", max = 0 }'), "--detach")
+    place.ask("Die()")
+    eventually(lambda: place.row()["state"] == "failed")
+    assert "ping: RuntimeError: a bug" in place.row()["detail"]
+    assert json.loads(place.callboard("ps", "--json").stdout)[0]["state"] == "ready"
+
+
+def test_a_killed_control_process_comes_back(place: Any, eventually: Eventually) -> None:
+    place.callboard("up", place.actor_fleet(), "--detach")
+    os.kill(place.row("control")["pid"], signal.SIGKILL)
+    eventually(lambda: place.row("control")["num_restarts"] == 1)
+    eventually(lambda: place.row()["address"] != "")
+    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+
+
+def test_ctrl_c_stops_a_fleet_in_the_foreground(place: Any) -> None:
+    up = place.start("up", place.actor_fleet())
+    assert any("Fleet test is up." in line for line in up.stdout)
+    assert len(place.processes()) == 3
+    up.send_signal(signal.SIGINT)
+    _, errors = up.communicate(timeout=20)
+    assert (up.returncode, "Traceback" in errors) == (0, False)
+    assert place.is_empty()
+
+
+def test_ctrl_c_while_starting_leaves_nothing(place: Any, eventually: Eventually) -> None:
+    for words in (["up"], ["up", "--detach"]):
+        up = place.start(*words, place.actor_fleet("NeverReady"))
+        eventually(lambda: any(place.runtime.glob("callboard/test/ping.sock")))
+        up.send_signal(signal.SIGINT)
+        _, errors = up.communicate(timeout=20)
+        assert "Traceback" not in errors
+        eventually(place.is_empty)
+
+
+def test_killing_the_launcher_leaves_no_process_and_no_run_directory(place: Any, eventually: Eventually) -> None:
+    place.callboard("up", place.actor_fleet(), "--detach")
+    [fleet] = json.loads(place.callboard("ps", "--json").stdout)
+    os.kill(fleet["launcher_pid"], signal.SIGKILL)
+    eventually(place.is_empty)
+
+
+def test_killing_the_launcher_ends_even_an_actor_that_hangs(place: Any, eventually: Eventually) -> None:
+    up = place.start("up", place.actor_fleet())
+    assert any("Fleet test is up." in line for line in up.stdout)
+    place.ask("Hang()")
+    up.kill()
+    up.communicate(timeout=20)
+    eventually(place.is_empty)
+
+
+def test_what_a_killed_fleet_left_is_cleared_by_the_next_one(place: Any) -> None:
+    fleet = place.actor_fleet()
+    place.callboard("up", fleet, "--detach")
+    for pid in sorted(place.processes()):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in sorted(place.processes()):
+        os.kill(pid, signal.SIGKILL)
+    assert list(place.runtime.glob("callboard/test/*.sock"))
+    assert place.callboard("ps").stdout.startswith("No fleet is running")
+    assert place.callboard("up", fleet, "--detach").returncode == 0
+    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+
+
+def test_a_second_fleet_of_one_name_is_refused_and_one_of_another_name_is_not(place: Any) -> None:
+    fleet = place.actor_fleet()
+    place.callboard("up", fleet, "--detach")
+    again = place.callboard("up", fleet)
+    assert again.returncode == 2
+    assert 'a fleet "test" is running already' in again.stderr
+    assert "callboard down test" in again.stderr
+    assert place.callboard("up", fleet, "--detach", "--name", "other").returncode == 0
+    assert "name one of other, test" in place.callboard("down").stderr
+    assert place.callboard("down", "--all").returncode == 0
+    assert place.is_empty()
+
+
+def test_an_actor_that_cannot_start_fails_the_fleet_with_its_own_sentence(place: Any) -> None:
+    cases = {
+        ("Refusing", "{}"): "ping: the moon is not in the right phase",
+        ("Nobody", "{}"): "ping: module my_actors has no class Nobody",
+        ("Ping", "{ greting = 1 }"): "ping: Ping does not take these options",
+    }
+    for (kind, options), sentence in cases.items():
+        for words in ([], ["--detach"]):
+            done = place.callboard("up", place.actor_fleet(kind, options), *words)
+            assert (done.returncode, sentence in done.stderr) == (1, True)
+            assert place.is_empty()

@@ -1,0 +1,155 @@
+"""The plan: which processes a fleet file becomes."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from callboard.kv.layout import KvLayout
+from callboard.tools.errors import FleetFileError, StartFailed
+from callboard.tools.fleet_check import check_fleet
+from callboard.tools.fleet_file import decode_fleet_file
+from callboard.tools.launcher import check_memory
+from callboard.tools.plan import Machine, Plan, Planner
+
+GIB = 1 << 30
+TWO = """\
+name = "demo"
+[models.tiny]
+path = "model"
+max_model_len = 256
+[defaults.kv]
+size = "1MiB"
+[[engine]]
+name = "prefill"
+roles = ["prefill"]
+device = "cpu:0"
+[[engine]]
+name = "decode"
+roles = ["decode"]
+device = "cpu:1"
+"""
+
+
+def make(text: str, place: Any, run_dir: Path = Path("/run/x"), cores: tuple[int, ...] = (2, 5)) -> Plan:
+    file = decode_fleet_file(text, source="fleet.toml", base=place.folder)
+    check_fleet(file)
+    models = {name: place.folder / model.path for name, model in file.fleet.models.items()}
+    return Planner(file, run_dir=run_dir, models=models, machine=Machine(cores, 4 * GIB), port=8123).plan()
+
+
+def test_a_fleet_is_a_control_node_a_manager_per_device_and_a_node_per_engine(place: Any) -> None:
+    place.model()
+    plan = make(TWO, place)
+    assert [[node.name for node in stage] for stage in plan.stages] == [
+        ["control"],
+        ["kv-cpu0", "kv-cpu1"],
+        ["prefill", "decode"],
+    ]
+    assert [actor.name for actor in plan.nodes[0].actors] == ["directory", "main", "frontend"]
+    assert plan.url == "http://127.0.0.1:8123"
+    assert plan.models == ("tiny",)
+    assert plan.nodes[0].actors[1].config["script"].endswith("disaggregate.py")
+    assert all(node.endpoint == f"ipc:///run/x/{node.name}.sock" for node in plan.nodes)
+
+
+def test_an_engine_is_pinned_to_the_nth_allowed_core_with_one_thread(place: Any) -> None:
+    place.model()
+    nodes = {node.name: node for node in make(TWO, place).nodes}
+    assert (nodes["prefill"].cores, nodes["decode"].cores) == ((2,), (5,))
+    assert nodes["decode"].num_threads == nodes["decode"].actors[0].config["num_threads"] == 1
+    assert nodes["kv-cpu0"].cores == ()
+    assert not make(TWO, place).warnings
+
+
+def test_too_few_cores_are_shared_with_a_warning(place: Any) -> None:
+    place.model()
+    plan = make(TWO, place, cores=(3,))
+    assert {node.cores for node in plan.nodes if node.kind == "engine"} == {(3,)}
+    assert plan.warnings == ("cpu:1 shares core 3: there are only 1 cores here",)
+
+
+def test_a_plain_cpu_device_takes_all_cores(place: Any) -> None:
+    place.model()
+    [engine] = [node for node in make(TWO.replace('"cpu:0"', '"cpu"'), place).nodes if node.name == "prefill"]
+    assert (engine.cores, engine.num_threads) == ((2, 5), 2)
+
+
+def test_engines_of_one_device_share_a_pool_of_whole_blocks(place: Any) -> None:
+    place.model()
+    plan = make(TWO.replace("cpu:1", "cpu:0").replace('roles = ["decode"]', "count = 2"), place)
+    [manager] = [node for node in plan.nodes if node.kind == "kv_manager"]
+    config = manager.actors[0].config
+    layout = msgspec.convert(config["layout"], KvLayout)
+    assert layout == KvLayout(2, 2, 16, 16, "float32")
+    assert config["num_blocks"] == (1 << 20) // layout.block_bytes
+    assert manager.pool_bytes == config["num_blocks"] * layout.block_bytes == plan.memory.pools
+    engines = [node for node in plan.nodes if node.kind == "engine"]
+    assert [node.name for node in engines] == ["prefill", "decode-0", "decode-1"]
+    assert {node.actors[0].config["manager"][1] for node in engines} == {"ipc:///run/x/kv-cpu0.sock"}
+
+
+def test_models_of_different_layouts_cannot_share_a_device(place: Any) -> None:
+    place.model()
+    place.model("other", num_hidden_layers=3)
+    text = TWO.replace("[defaults.kv]", '[models.other]\npath = "other"\n[defaults.kv]').replace("cpu:1", "cpu:0")
+    text = text.replace('name = "prefill"', 'name = "prefill"\nmodel = "tiny"')
+    text = text.replace('name = "decode"', 'name = "decode"\nmodel = "other"')
+    with pytest.raises(FleetFileError, match=r'"decode" and "prefill" share the pool of cpu:0.*give one another'):
+        make(text, place)
+
+
+def test_a_pool_smaller_than_the_context_bounds_requests_with_a_warning(place: Any) -> None:
+    place.model()
+    plan = make(TWO.replace("1MiB", "64KiB"), place)
+    assert plan.warnings[0] == "the pool of cpu:0 holds 128 tokens, so that is the longest request"
+    [engine, _] = [node for node in plan.nodes if node.kind == "engine"]
+    frontend = plan.nodes[0].actors[-1]
+    assert engine.actors[0].config["max_model_len"] == frontend.config["models"]["tiny"]["max_model_len"] == 128
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("1MiB", "1KiB", "fleet.toml:6: a pool of 1.0 KiB does not hold two blocks"),
+        (
+            "max_model_len = 256",
+            "max_model_len = 9999",
+            "fleet.toml:4: max_model_len = 9999, but the model was",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(place: Any, old: str, new: str, words: str) -> None:
+    place.model()
+    with pytest.raises(FleetFileError, match=words):
+        make(TWO.replace(old, new), place)
+
+
+def test_a_path_too_long_for_a_socket_is_refused(place: Any) -> None:
+    place.model()
+    with pytest.raises(FleetFileError, match="too long for a unix socket"):
+        make(TWO, place, run_dir=Path("/run") / ("x" * 90))
+
+
+def test_memory_that_is_short_is_said_before_anything_starts(place: Any) -> None:
+    place.model()
+    plan = make(TWO, place)
+    assert plan.memory.weights == 2 * (1 << 20)
+    check_memory(plan, plan.memory.total)
+    with pytest.raises(StartFailed, match=r"the fleet needs about .* and 0 B are free: lower size in \[defaults.kv\]"):
+        check_memory(plan, 0)
+
+
+def test_a_share_of_the_memory_is_a_size(place: Any) -> None:
+    place.model()
+    plan = make(TWO.replace("1MiB", "50%"), place)
+    assert abs(plan.memory.pools - 2 * 2 * GIB) < 1 << 20
+
+
+def test_user_actors_alone_make_a_fleet_without_http(place: Any) -> None:
+    plan = make('[[actor]]\nname = "ping"\nclass = "my_actors:Ping"\n', place)
+    assert [node.name for node in plan.nodes] == ["control", "ping"]
+    assert plan.url is None
+    assert plan.nodes[1].python_path == str(place.folder)
+    assert not plan.nodes[1].dies_with_launcher

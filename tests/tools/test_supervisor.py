@@ -1,0 +1,123 @@
+"""The supervisor alone: a pool outlives its manager, and the stop is in order."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
+from callboard.actors.supervisor import NodeFailed, NodeState, Supervisor
+
+POOL_ACTOR = '''\
+import os
+
+from callboard.actors.actor import Actor
+
+
+class Pool(Actor):
+    """Adds a letter to its pool at every start."""
+
+    def __init__(self, pool_fd):
+        self.pool_fd = pool_fd
+
+    async def start(self):
+        length = os.pread(self.pool_fd, 1, 0)[0]
+        os.pwrite(self.pool_fd, bytes([length + 1]), 0)
+'''
+
+
+def spec(place: Any, name: str, kind: NodeKind, class_path: str, **options: Any) -> NodeSpec:
+    endpoint, log = f"ipc://{place.folder}/{name}.sock", str(place.folder / f"{name}.log")
+    restart = RestartPolicy(backoff_s=0.01)
+    actors = (ActorSpec(name, class_path),)
+    return NodeSpec(
+        "test", name, kind, endpoint, actors, log, python_path=str(place.folder), restart=restart, **options
+    )
+
+
+@asynccontextmanager
+async def supervisor(place: Any, states: list[NodeState], **options: Any) -> AsyncIterator[Supervisor]:
+    made = Supervisor(environment=place.env, on_change=states.append, **options)
+    try:
+        yield made
+    finally:
+        await made.stop()
+        assert not place.processes()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (a process of its own changes it)
+            await asyncio.sleep(0.02)
+
+
+async def test_a_pool_outlives_the_manager_that_was_killed(place: Any) -> None:
+    (place.folder / "pools.py").write_text(POOL_ACTOR)
+    states: list[NodeState] = []
+    async with supervisor(place, states) as fleet:
+        await fleet.start([spec(place, "kv", "kv_manager", "pools:Pool", pool_bytes=4096)])
+        os.kill(fleet.states["kv"].pid, signal.SIGKILL)
+        await until(lambda: sum(each.state == "ready" for each in states) == 2)
+        pool = os.open(f"/proc/{os.getpid()}/fd/{fleet._pools['kv']}", os.O_RDONLY)
+        assert os.pread(pool, 1, 0) == b"\x02"
+        os.close(pool)
+    assert "killed by SIGKILL" in next(each.detail for each in states if each.state == "restarting")
+
+
+async def test_nodes_stop_kind_by_kind(place: Any) -> None:
+    states: list[NodeState] = []
+    async with supervisor(place, states) as fleet:
+        kinds: list[NodeKind] = ["control", "kv_manager", "engine", "actor"]
+        await fleet.start([spec(place, f"a{kind}", kind, "my_actors:Ping") for kind in kinds])
+    stopped = [each.kind for each in states if each.state == "stopped"]
+    assert stopped == ["actor", "engine", "kv_manager", "control"]
+
+
+async def test_a_node_that_hangs_is_killed_after_the_grace(place: Any) -> None:
+    states: list[NodeState] = []
+    async with supervisor(place, states, grace_s=0.2) as fleet:
+        await fleet.start([spec(place, "ping", "actor", "my_actors:Ping")])
+        os.kill(fleet.states["ping"].pid, signal.SIGSTOP)
+
+
+async def test_a_node_that_is_not_ready_in_time_fails(place: Any) -> None:
+    async with supervisor(place, [], ready_s=1.0) as fleet:
+        with pytest.raises(NodeFailed, match="ping: it was not ready within 1 s"):
+            await fleet.start([spec(place, "ping", "actor", "my_actors:NeverReady")])
+
+
+async def test_an_essential_node_that_is_given_up_is_fatal(place: Any) -> None:
+    states: list[NodeState] = []
+    async with supervisor(place, states) as fleet:
+        once = spec(place, "ping", "actor", "my_actors:Ping", is_essential=True)
+        await fleet.start([once])
+
+        def is_fatal_or_killed_again() -> bool:
+            if fleet.states["ping"].state == "ready":
+                os.kill(fleet.states["ping"].pid, signal.SIGKILL)
+            return fleet.fatal.is_set()
+
+        await until(is_fatal_or_killed_again)
+    assert fleet.states["ping"].num_restarts == once.restart.max_restarts
+
+
+def test_a_run_directory_belongs_to_one_at_a_time(place: Any) -> None:
+    from callboard.actors.run_dir import is_locked, remove_run_dir, try_lock
+
+    folder = place.folder / "fleet"
+    lock = try_lock(folder)
+    assert lock is not None
+    assert is_locked(folder)
+    assert try_lock(folder) is None
+    (folder / "logs").mkdir()
+    remove_run_dir(folder)
+    successor = try_lock(folder)
+    assert successor is not None
+    os.close(lock)
+    assert is_locked(folder)
+    os.close(successor)
+    assert not is_locked(folder)

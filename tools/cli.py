@@ -1,0 +1,147 @@
+"""The ``callboard`` command. A command's module is imported when it runs, so that ``--help`` and ``ps`` are instant."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .errors import CliError
+
+OVERVIEW = """\
+examples:
+  callboard up                       start the embedded model: one prefill and one decode engine
+  callboard chat "Who are you?"      ask it
+  callboard requests                 see that request's prep_recv, remote_send, start_generate
+  callboard ps                       who is there, and how busy
+  callboard down                     stop it
+
+Every command says more with --help. With exactly one fleet running, its name may be left out.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="callboard",
+        description="LLM microserving as actors on a message bus.",
+        epilog=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+
+    def command(name: str, summary: str, examples: str, entry: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(entry=entry)
+        return made
+
+    up = command(
+        "up",
+        "start a fleet and keep it up",
+        "callboard up\ncallboard up fleet.toml\ncallboard up fleet.toml --detach\ncallboard up --name second --port 0",
+        "up:run",
+    )
+    up.add_argument("file", nargs="?", metavar="FILE", help="the fleet file; without one, the embedded default")
+    up.add_argument("--detach", action="store_true", help="return once the fleet is ready; it runs on")
+    up.add_argument("--port", type=int, metavar="N", help="HTTP port instead of the file's; 0 takes any free one")
+    up.add_argument("--name", metavar="NAME", help="the fleet's name instead of the file's")
+    up.add_argument("--events-fd", type=int, help=argparse.SUPPRESS)
+
+    ps = command("ps", "show who is in a running fleet", "callboard ps\ncallboard ps demo --json", "ps:run")
+    ps.add_argument("fleet", nargs="?", metavar="FLEET", help="its name; without one, every fleet that runs")
+    ps.add_argument("--json", action="store_true", help="print JSON")
+
+    chat = command(
+        "chat",
+        "talk to a running fleet",
+        'callboard chat\ncallboard chat "Who are you?"\ncat question.txt | callboard chat',
+        "chat:run",
+    )
+    chat.add_argument("question", nargs="*", metavar="QUESTION", help="ask this one question and leave")
+    _fleet_option(chat)
+    chat.add_argument("--model", metavar="NAME", help="the model to ask, by default the fleet's first")
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    chat.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    chat.add_argument(
+        "--url", metavar="URL", help="another OpenAI endpoint, such as http://HOST:8000/v1 (with --model)"
+    )
+
+    requests = command(
+        "requests",
+        "show the sub-requests of the last request, or of one by its id",
+        "callboard requests\ncallboard requests 4f1d22c0a9e34b11 --json",
+        "requests:run",
+    )
+    requests.add_argument("id", nargs="?", metavar="ID", help="a request id, as in the x-request-id header")
+    _fleet_option(requests)
+    requests.add_argument("--json", action="store_true", help="print JSON")
+
+    logs = command(
+        "logs",
+        "print the log of one process of a fleet, or list them",
+        "callboard logs\ncallboard logs decode -f",
+        "logs:run",
+    )
+    logs.add_argument("name", nargs="?", metavar="NAME", help="such as control, prefill, kv-cpu0; without one, a list")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
+    _fleet_option(logs)
+
+    down = command("down", "stop a fleet in order", "callboard down\ncallboard down demo", "down:run")
+    down.add_argument("fleet", nargs="?", metavar="FLEET", help="its name")
+    down.add_argument("--all", action="store_true", help="stop every fleet of yours")
+
+    check = command("check", "validate a fleet file", "callboard check fleet.toml", "init:run_check")
+    check.add_argument("file", metavar="FILE", nargs="?", default="fleet.toml", help="by default fleet.toml")
+
+    init = command("init", "write a commented fleet file", "callboard init\ncallboard init my.toml", "init:run")
+    init.add_argument("file", metavar="FILE", nargs="?", default="fleet.toml", help="by default fleet.toml")
+    init.add_argument("--force", action="store_true", help="overwrite an existing file")
+    return top
+
+
+def _fleet_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fleet", metavar="FLEET", help="which fleet, when several run")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("callboard")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that ``words`` (by default the command line) ask for; return the exit code."""
+    top = parser()
+    arguments = top.parse_args(words)
+    if arguments.version:
+        print(f"callboard {_version()}")
+        return 0
+    if arguments.command is None:
+        top.print_help()
+        return 0
+    module, _, function = arguments.entry.partition(":")
+    try:
+        code: int = getattr(importlib.import_module(f"callboard.tools.{module}"), function)(arguments)
+        sys.stdout.flush()
+    except CliError as error:
+        print(f"callboard: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # The reader left, as in "callboard logs x | head".
+        return 0
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Whether a fleet file makes sense: names, references, devices, sizes; each problem as a sentence with its remedy."""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from callboard.actors.embedded_model import ModelMissing, locate
+from callboard.router.errors import ScriptError
+from callboard.router.script import SHIPPED, load_script, shipped_scripts
+from callboard.router.spans import NUM_REQUESTS
+
+from .fleet_file import Engine, FleetFile, Problem, Restart
+from .machine import split_address
+from .toml_lines import Path as KeyPath
+from .units import parse_duration, parse_size
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+RESERVED = ("control", "directory", "frontend", "launcher")
+
+
+def check_fleet(file: FleetFile) -> None:
+    """Raise FleetFileError with everything that is wrong with the meaning of ``file``; touches no network."""
+    problems = [*_listen(file), *_models(file), *_kv(file), *_names(file), *_engines(file), *_routers(file)]
+    file.report([*problems, *_actors(file), *_trace(file)])
+
+
+def engine_names(engine: Engine) -> list[str]:
+    """Return the names of the engines that one ``[[engine]]`` makes."""
+    return [engine.name] if engine.count == 1 else [f"{engine.name}-{index}" for index in range(engine.count)]
+
+
+def model_of(file: FleetFile, engine: Engine) -> str | None:
+    """Return the model's name: the one the engine names, or the file's only one."""
+    if engine.model is None and len(file.fleet.models) == 1:
+        return next(iter(file.fleet.models))
+    return engine.model
+
+
+def manager_name(device: str) -> str:
+    """Return the name of a device's KV manager: ``kv-cpu0`` for ``cpu:0``."""
+    return "kv-" + device.replace(":", "")
+
+
+def _attempt(path: KeyPath, function: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Problem]:
+    try:
+        function(*arguments, **options)
+    except (ValueError, ModelMissing) as error:
+        yield Problem(path, f"{path[-1]}: {error}")
+
+
+def _at_least(path: KeyPath, value: float, least: int) -> Iterator[Problem]:
+    if value < least:
+        yield Problem(path, f"{path[-1]} must be at least {least}, not {value}")
+
+
+def _listen(file: FleetFile) -> Iterator[Problem]:
+    listen = file.fleet.listen
+    yield from _attempt(("listen", "http"), split_address, listen.http)
+    if listen.bus != "ipc":
+        yield Problem(("listen", "bus"), f'bus = "{listen.bus}" is not supported by this version: write bus = "ipc"')
+    if listen.api_keys is not None and not (file.base / listen.api_keys).is_file():
+        path = file.base / listen.api_keys
+        yield Problem(("listen", "api_keys"), f"there is no file {path}: write one API key per line into it")
+
+
+def _models(file: FleetFile) -> Iterator[Problem]:
+    for name, model in file.fleet.models.items():
+        yield from _attempt(("models", name, "path"), locate, model.path, base=file.base)
+        if model.quantize != "none":
+            path = ("models", name, "quantize")
+            yield Problem(path, f'quantize = "{model.quantize}" is not supported by this version: remove it')
+        if model.max_model_len is not None:
+            yield from _at_least(("models", name, "max_model_len"), model.max_model_len, 1)
+
+
+def _kv(file: FleetFile) -> Iterator[Problem]:
+    kv, path = file.fleet.defaults.kv, ("defaults", "kv")
+    yield from _attempt((*path, "size"), parse_size, kv.size, whole=1 << 30)
+    yield from _positive_duration((*path, "lease"), kv.lease)
+    if kv.transport in ("cuda_ipc", "ucx"):
+        sentence = f'transport = "{kv.transport}" is not supported by this version: write transport = "auto"'
+        yield Problem((*path, "transport"), sentence)
+
+
+def _positive_duration(path: KeyPath, value: str | float) -> Iterator[Problem]:
+    problems = list(_attempt(path, parse_duration, value))
+    yield from problems
+    if not problems and parse_duration(value) <= 0:
+        yield Problem(path, f"{path[-1]} must be longer than nothing")
+
+
+def _names(file: FleetFile) -> Iterator[Problem]:
+    fleet = file.fleet
+    named: list[tuple[str, KeyPath]] = [("", ("name",))]
+    if _NAME.fullmatch(fleet.name) is None:
+        yield Problem(("name",), f'"{fleet.name}" is no name: use letters, digits, ".", "-" and "_", at most 40')
+    for index, engine in enumerate(fleet.engine):
+        named += [(name, ("engine", index, "name")) for name in engine_names(engine)[:1000]]
+    named += [(router.name, ("router", index, "name")) for index, router in enumerate(fleet.router)]
+    named += [(actor.name, ("actor", index, "name")) for index, actor in enumerate(fleet.actor)]
+    taken = {name: f"Callboard names an actor of its own {name}" for name in RESERVED}
+    for device in {engine.device: None for engine in fleet.engine}:
+        taken[manager_name(device)] = f"the KV manager of {device} has that name"
+    for name, path in named[1:]:
+        if _NAME.fullmatch(name) is None:
+            yield Problem(path, f'"{name}" is no name: use letters, digits, ".", "-" and "_", at most 40')
+        elif name in taken:
+            yield Problem(path, f'the name "{name}" is taken: {taken[name]}; give this one another name')
+        where = file.lines.line_of(path)
+        taken.setdefault(name, f"an actor on line {where} has it" if where else "another actor has it")
+
+
+def _engines(file: FleetFile) -> Iterator[Problem]:
+    fleet = file.fleet
+    if not fleet.engine and not fleet.actor:
+        yield Problem((), "the fleet has no [[engine]]: add one, or start from the file that callboard init writes")
+    sizes: dict[str, int] = {}
+    for index, engine in enumerate(fleet.engine):
+        path = ("engine", index)
+        yield from _engine_model(file, engine, path)
+        yield from _device(engine.device, (*path, "device"))
+        if engine.tp != 1:
+            yield Problem((*path, "tp"), f"tp = {engine.tp}: tensor parallelism does not exist yet, write tp = 1")
+        if engine.runner == "simulated":
+            yield Problem((*path, "runner"), 'runner = "simulated" is not supported by this version: remove it')
+        if not engine.roles or len(set(engine.roles)) != len(engine.roles):
+            yield Problem((*path, "roles"), 'roles must name "prefill", "decode" or both, each once')
+        for key in ("count", "block_size", "max_num_batched_tokens", "max_num_seqs"):
+            yield from _at_least((*path, key), getattr(engine, key), 1)
+        yield from _restart(engine.restart, (*path, "restart"))
+        if sizes.setdefault(engine.device, engine.block_size) != engine.block_size:
+            sentence = f"engines on {engine.device} share one pool, and another one has block_size = "
+            yield Problem((*path, "block_size"), f"{sentence}{sizes[engine.device]}: give both the same")
+
+
+def _engine_model(file: FleetFile, engine: Engine, path: KeyPath) -> Iterator[Problem]:
+    models = file.fleet.models
+    if engine.model is None:
+        if len(models) != 1:
+            hint = f"add model = one of {', '.join(models)}" if models else "add a table [models.NAME]"
+            yield Problem(path, f'[[engine]] "{engine.name}" names no model: {hint}')
+    elif engine.model not in models:
+        near = difflib.get_close_matches(engine.model, models, n=1, cutoff=0.5)
+        known = f"known are {', '.join(models)}" if models else f"add a table [models.{engine.model}]"
+        hint = f'did you mean "{near[0]}"?' if near else known
+        yield Problem((*path, "model"), f'there is no model "{engine.model}": {hint}')
+
+
+def _device(device: str, path: KeyPath) -> Iterator[Problem]:
+    if device.startswith("cuda"):
+        yield Problem(path, f'device = "{device}": this version runs on CPUs only, write "cpu" or "cpu:0"')
+    elif re.fullmatch(r"cpu(:\d+)?", device) is None:
+        yield Problem(path, f'"{device}" is no device: write "cpu:0" (the first core), "cpu:1", or "cpu" (all cores)')
+
+
+def _restart(restart: Restart, path: KeyPath) -> Iterator[Problem]:
+    yield from _positive_duration((*path, "backoff"), restart.backoff)
+    yield from _at_least((*path, "max"), restart.max, 0)
+
+
+def script_path(file: FleetFile, script: str) -> Path | None:
+    """Return the file of a router script, by path or shipped name; None if there is none."""
+    local = file.base / Path(script).expanduser()
+    if local.is_file():
+        return local
+    return SHIPPED / f"{script}.py" if script in shipped_scripts() else None
+
+
+def _routers(file: FleetFile) -> Iterator[Problem]:
+    for index, router in enumerate(file.fleet.router):
+        path = ("router", index)
+        yield from _positive_duration((*path, "deadline"), router.deadline)
+        yield from _at_least((*path, "max_queue"), router.max_queue, 1)
+        script = script_path(file, router.script)
+        if script is None:
+            known = ", ".join(shipped_scripts()) or "none"
+            wanted = file.base / router.script
+            yield Problem((*path, "script"), f"there is no router script {wanted}: shipped are {known}")
+            continue
+        try:
+            load_script(str(script), router.options)
+        except ScriptError as error:
+            yield Problem((*path, "script"), str(error))
+
+
+def _actors(file: FleetFile) -> Iterator[Problem]:
+    for index, actor in enumerate(file.fleet.actor):
+        path = ("actor", index)
+        yield from _restart(actor.restart, (*path, "restart"))
+        module, colon, name = actor.class_path.partition(":")
+        if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+            yield Problem((*path, "class"), f'"{actor.class_path}" is no class: write "module:Class"')
+            continue
+        top = module.split(".")[0]
+        stem = file.base / Path(*module.split("."))
+        here = stem.with_suffix(".py").is_file() or (stem / "__init__.py").is_file()
+        if not here and importlib.util.find_spec(top) is None:
+            yield Problem((*path, "class"), f"there is no module {module}: put {stem.with_suffix('.py')} in place")
+
+
+def _trace(file: FleetFile) -> Iterator[Problem]:
+    if file.fleet.trace.keep != NUM_REQUESTS:
+        yield Problem(("trace", "keep"), f"this version keeps the last {NUM_REQUESTS} requests: remove keep")

@@ -1,0 +1,193 @@
+"""The launcher: brings one fleet up, keeps it up until a signal, and takes it down; nothing of it stays behind."""
+
+import asyncio
+import os
+import signal
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from callboard.actors.run_dir import remove_run_dir
+from callboard.actors.supervisor import NodeFailed, NodeState, Supervisor
+from callboard.bus import Address
+from callboard.bus.liveness import own_pid
+
+from .errors import CliError, StartFailed
+from .fleet_file import FleetFile
+from .machine import allowed_cores, available_memory, claim_port, split_address, total_memory
+from .models import resolve_models
+from .plan import Machine, Plan, Planner
+from .progress import Event, Show, Started
+from .running import FleetState, cache_dir, claim_run_dir, write_state
+from .units import format_size
+
+HEALTH_S = 60.0
+STOPPED_BY_SIGNAL = 0
+TAIL_LINES = 15
+
+
+class Launcher:
+    """One run of one fleet. ``run`` returns the exit code, or raises CliError when the fleet does not come up."""
+
+    def __init__(self, file: FleetFile, *, show: Show, environment: Mapping[str, str], is_detached: bool) -> None:
+        self._file = file
+        self._show = show
+        self._environment = environment
+        self._is_detached = is_detached
+        self._folder = Path()
+        self._state: FleetState | None = None
+        self._supervisor: Supervisor | None = None
+        self._num_signals = 0
+
+    async def run(self) -> int:
+        """Bring the fleet up, serve until SIGINT or SIGTERM, take it down."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as scope:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    loop.add_signal_handler(number, self._on_signal, scope)
+                return await self._live()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return STOPPED_BY_SIGNAL
+
+    def _on_signal(self, scope: asyncio.Timeout) -> None:
+        self._num_signals += 1
+        if self._num_signals == 1:
+            scope.reschedule(asyncio.get_running_loop().time())
+        elif self._supervisor is not None:
+            self._supervisor.kill()
+
+    async def _live(self) -> int:
+        name = self._file.fleet.name
+        self._folder, lock = await claim_run_dir(name)
+        try:
+            if self._is_detached:
+                self._log_to_file()
+            return await self._serve(lock)
+        finally:
+            remove_run_dir(self._folder)
+            os.close(lock)
+
+    def _log_to_file(self) -> None:
+        fd = os.open(self._folder / "logs" / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+    async def _serve(self, lock: int) -> int:
+        directory = Address("control", f"ipc://{self._folder / 'control.sock'}", "directory")
+        pid, start = own_pid()
+        self._write(FleetState(self._file.fleet.name, "starting", pid, start, directory, fleet_file=self._file.source))
+        plan = await self._plan()
+        self._write(url=plan.url, models=plan.models)
+        supervisor = self._supervisor = Supervisor(
+            environment=self._environment, on_change=self._on_change, inherited=(lock,)
+        )
+        try:
+            for stage in plan.stages:
+                await supervisor.start(stage)
+            if plan.url is not None:
+                await self._wait_until_healthy(plan.url, supervisor)
+            self._write(state="ready")
+            started = Started(self._file.fleet.name, pid, plan.url, plan.models, self._is_detached)
+            self._show(Event("ready", started=started))
+            await supervisor.fatal.wait()
+            raise self._why_it_ended(plan, supervisor)
+        except NodeFailed as error:
+            raise StartFailed(str(error) + ("" if error.has_said_why else self._tail(error.name))) from None
+        finally:
+            self._write(state="stopping")
+            await supervisor.stop()
+
+    async def _plan(self) -> Plan:
+        fleet = self._file.fleet
+        host, port = split_address(fleet.listen.http)
+        if fleet.engine:
+            port = claim_port(host, port)
+        models = await resolve_models(
+            self._file,
+            cache=cache_dir(),
+            log=self._folder / "logs" / "models.log",
+            environment=self._environment,
+            show=self._show,
+        )
+        machine = Machine(allowed_cores(), total_memory())
+        plan = Planner(self._file, run_dir=self._folder, models=models, machine=machine, port=port).plan()
+        for warning in plan.warnings:
+            self._show(Event("warning", warning))
+        check_memory(plan, available_memory())
+        return plan
+
+    async def _wait_until_healthy(self, url: str, supervisor: Supervisor) -> None:
+        """Wait until the frontend sees an engine for every model: from then on a request is served."""
+        self._show(Event("step", "waiting for the frontend to see the engines"))
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                while not await loop.run_in_executor(None, _is_healthy, url):
+                    if supervisor.fatal.is_set():
+                        raise StartFailed("the control process ended while the fleet was starting")
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise StartFailed(
+                f"the engines are ready, but {url}/health did not say so within {HEALTH_S:.0f} s"
+            ) from None
+
+    def _why_it_ended(self, plan: Plan, supervisor: Supervisor) -> CliError:
+        if supervisor.error is not None:
+            raise supervisor.error
+        names = [
+            node.name for node in plan.nodes if node.is_essential and supervisor.states[node.name].state == "failed"
+        ]
+        name = names[0] if names else "control"
+        sentence = supervisor.states[name].detail
+        return StartFailed(f"{name} failed too often ({sentence}), so the fleet was stopped{self._tail(name)}")
+
+    def _tail(self, node: str) -> str:
+        try:
+            lines = (self._folder / "logs" / f"{node}.log").read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return "".join(f"\n  | {line}" for line in lines[-TAIL_LINES:])
+
+    def _on_change(self, state: NodeState) -> None:
+        self._show(Event("node", node=state))
+        assert self._supervisor is not None
+        self._write(nodes=tuple(self._supervisor.states[name] for name in sorted(self._supervisor.states)))
+
+    def _write(self, whole: FleetState | None = None, /, **changes: object) -> None:
+        if whole is None:
+            assert self._state is not None
+            whole = msgspec.structs.replace(self._state, **changes)
+        self._state = whole
+        try:
+            write_state(self._folder, whole)
+        except OSError as error:  # The fleet can serve without it; only ps and down suffer.
+            print(f"cannot write the state file: {error}", file=sys.stderr, flush=True)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=2.0) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def check_memory(plan: Plan, available: int) -> None:
+    """Raise StartFailed if the plan needs more than ``available`` bytes."""
+    memory = plan.memory
+    if memory.total <= available:
+        return
+    parts = f"pools {format_size(memory.pools)}, weights {format_size(memory.weights)}"
+    raise StartFailed(
+        f"the fleet needs about {format_size(memory.total)} of memory ({parts}, processes "
+        f"{format_size(memory.processes)}) and {format_size(available)} are free: "
+        "lower size in [defaults.kv], or use fewer engines"
+    )

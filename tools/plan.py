@@ -1,0 +1,294 @@
+"""The plan: which processes a fleet file becomes, where each is reached, what it needs; made before any starts."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from callboard.actors.model_config import ModelConfigError, ModelFacts, layout_of, read_model_config
+from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
+from callboard.bus import Address
+from callboard.kv.layout import DTYPE_BYTES
+
+from .errors import FleetFileError
+from .fleet_check import engine_names, manager_name, model_of, script_path
+from .fleet_file import Engine, FleetFile, Problem, Restart, Router
+from .machine import split_address
+from .units import format_size, parse_duration, parse_size
+
+MAX_PATH = 100
+"""A unix socket's path has 107 bytes, and a pool's socket is named after its manager."""
+PROCESS_BYTES = 400 << 20
+"""What an engine's process takes beside its weights, mostly torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan may use. ``total_memory`` is what "80%" is a share of."""
+
+    cores: tuple[int, ...]
+    total_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes the fleet will take."""
+
+    pools: int
+    weights: int
+    processes: int
+
+    @property
+    def total(self) -> int:
+        return self.pools + self.weights + self.processes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Nodes in stages: a stage starts when the one before it is ready."""
+
+    stages: tuple[tuple[NodeSpec, ...], ...]
+    directory: Address
+    memory: Memory
+    url: str | None
+    models: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[NodeSpec, ...]:
+        return tuple(node for stage in self.stages for node in stage)
+
+
+@dataclass(slots=True)
+class _Device:
+    """One KV manager in the making."""
+
+    engines: list[tuple[int, Engine]] = field(default_factory=list)
+    num_blocks: int = 0
+    pool_bytes: int = 0
+
+
+class Planner:
+    """Makes the Plan of one fleet file, whose models were resolved to directories."""
+
+    def __init__(self, file: FleetFile, *, run_dir: Path, models: dict[str, Path], machine: Machine, port: int) -> None:
+        self.file = file
+        self.fleet = file.fleet
+        self.run_dir = run_dir
+        self.models = models
+        self.machine = machine
+        self.port = port
+        self.warnings: list[str] = []
+        self.directory = self.address("control", "directory")
+        self.facts: dict[str, ModelFacts] = {}
+        self.devices: dict[str, _Device] = {}
+        self.max_lens: dict[str, int] = {}
+
+    def plan(self) -> Plan:
+        """Return the plan. Raises FleetFileError where the file and its models do not fit together."""
+        self._read_models()
+        for index, engine in enumerate(self.fleet.engine):
+            self.devices.setdefault(engine.device, _Device()).engines.append((index, engine))
+        managers = [self._manager(device, found) for device, found in self.devices.items()]
+        engines = [node for engine in self.fleet.engine for node in self._engine(engine)]
+        actors = [self._user_actor(actor) for actor in self.fleet.actor]
+        stages = [[self._control()], managers, engines, actors]
+        host, _ = split_address(self.fleet.listen.http)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        host = f"[{host}]" if ":" in host else host
+        return Plan(
+            tuple(tuple(stage) for stage in stages if stage),
+            self.directory,
+            Memory(
+                sum(device.pool_bytes for device in self.devices.values()),
+                sum(self._weight_bytes(engine) * engine.count for engine in self.fleet.engine),
+                PROCESS_BYTES * sum(engine.count for engine in self.fleet.engine),
+            ),
+            f"http://{host}:{self.port}" if self.fleet.engine else None,
+            tuple(dict.fromkeys(self._model(engine) for engine in self.fleet.engine)),
+            tuple(self.warnings),
+        )
+
+    # ---- addresses and shared parts ------------------------------------------------------------------------------
+
+    def address(self, node: str, actor: str) -> Address:
+        """Return where an actor of a node is reached."""
+        return Address(node, self._endpoint(node), actor)
+
+    def _endpoint(self, node: str) -> str:
+        path = self.run_dir / f"{node}.sock"
+        if len(str(path)) >= MAX_PATH:
+            raise FleetFileError([f"{path} is too long for a unix socket: shorten the name of the fleet or of {node}"])
+        return f"ipc://{path}"
+
+    def _node(self, name: str, kind: NodeKind, *actors: ActorSpec, **options: Any) -> NodeSpec:
+        log = str(self.run_dir / "logs" / f"{name}.log")
+        dies = kind in ("engine", "kv_manager")
+        return NodeSpec(
+            self.fleet.name,
+            name,
+            kind,
+            self._endpoint(name),
+            actors,
+            log,
+            directory=self.directory,
+            dies_with_launcher=dies,
+            **options,
+        )
+
+    def _fail(self, path: tuple[str | int, ...], sentence: str) -> None:
+        self.file.report([Problem(path, sentence)])
+
+    def _model(self, engine: Engine) -> str:
+        name = model_of(self.file, engine)
+        assert name is not None, "fleet_check.py saw to it"
+        return name
+
+    # ---- models and memory -----------------------------------------------------------------------------------------
+
+    def _read_models(self) -> None:
+        for name, directory in self.models.items():
+            path = ("models", name, "path")
+            try:
+                self.facts[name] = read_model_config(directory)
+            except ModelConfigError as error:
+                self._fail(path, str(error))
+            wanted, most = self.fleet.models[name].max_model_len, self.facts[name].max_model_len
+            if wanted is not None and wanted > most:
+                sentence = f"max_model_len = {wanted}, but the model was made for {most}: write at most that"
+                self._fail(("models", name, "max_model_len"), sentence)
+            self.max_lens[name] = wanted or most
+
+    def _dtype(self, model: str) -> str:
+        dtype = self.fleet.models[model].dtype
+        return "float32" if dtype == "auto" else dtype  # On CPUs without AMX fp32 is the faster one.
+
+    def _weight_bytes(self, engine: Engine) -> int:
+        model = self._model(engine)
+        config = json.loads((self.models[model] / "config.json").read_text())
+        stored = DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+        return self.facts[model].weight_bytes * DTYPE_BYTES[self._dtype(model)] // stored
+
+    # ---- nodes ---------------------------------------------------------------------------------------------------
+
+    def _manager(self, device: str, found: _Device) -> NodeSpec:
+        index, first = found.engines[0]
+        layouts = {}
+        for each, engine in found.engines:
+            model = self._model(engine)
+            layouts[each] = layout_of(self.facts[model], engine.block_size, self._dtype(model))
+            if layouts[each] != layouts[index]:
+                sentence = f'"{engine.name}" and "{first.name}" share the pool of {device}, but the KV of their models '
+                sentence += 'is laid out differently: give one another device, such as "cpu:1"'
+                self._fail(("engine", each, "device"), sentence)
+        layout = layouts[index]
+        size = parse_size(self.fleet.defaults.kv.size, whole=self.machine.total_memory)
+        found.num_blocks = layout.num_blocks_in(size)
+        if found.num_blocks < 2:
+            sentence = f"a pool of {format_size(size)} does not hold two blocks of {format_size(layout.block_bytes)}: "
+            self._fail(("defaults", "kv", "size"), sentence + "raise size")
+        found.pool_bytes = found.num_blocks * layout.block_bytes
+        for _, engine in found.engines:
+            model, room = self._model(engine), found.num_blocks * layout.block_size
+            if room < self.max_lens[model]:
+                self.warnings.append(f"the pool of {device} holds {room} tokens, so that is the longest request")
+                self.max_lens[model] = room
+        name = manager_name(device)
+        config = {
+            "name": name,
+            "layout": msgspec.to_builtins(layout),
+            "num_blocks": found.num_blocks,
+            "device": device,
+            "lease_s": parse_duration(self.fleet.defaults.kv.lease),
+            "socket_dir": str(self.run_dir),
+        }
+        actor = ActorSpec(name, "callboard.actors.kv_manager:KvManager", config)
+        return self._node(name, "kv_manager", actor, pool_bytes=found.pool_bytes)
+
+    def _cores(self, device: str) -> tuple[int, ...]:
+        cores = self.machine.cores
+        if device == "cpu":
+            return cores
+        number = int(device.partition(":")[2])
+        if number >= len(cores):
+            self.warnings.append(
+                f"{device} shares core {cores[number % len(cores)]}: there are only {len(cores)} cores here"
+            )
+        return (cores[number % len(cores)],)
+
+    def _engine(self, engine: Engine) -> list[NodeSpec]:
+        model, manager = self._model(engine), manager_name(engine.device)
+        cores = self._cores(engine.device)
+        nodes = []
+        for name in engine_names(engine):
+            config = {
+                "name": name,
+                "model": model,
+                "path": str(self.models[model]),
+                "roles": list(engine.roles),
+                "device": engine.device,
+                "manager": msgspec.to_builtins(self.address(manager, manager)),
+                "runner": engine.runner,
+                "dtype": self._dtype(model),
+                "block_size": engine.block_size,
+                "max_num_batched_tokens": engine.max_num_batched_tokens,
+                "max_num_seqs": engine.max_num_seqs,
+                "max_model_len": self.max_lens[model],
+                "num_threads": len(cores),
+            }
+            actor = ActorSpec(name, "callboard.actors.engine.engine:Engine", config)
+            restart = _policy(engine.restart)
+            nodes.append(self._node(name, "engine", actor, cores=cores, num_threads=len(cores), restart=restart))
+        return nodes
+
+    def _user_actor(self, actor: Any) -> NodeSpec:
+        spec = ActorSpec(actor.name, actor.class_path, actor.options)
+        base = str(self.file.base)
+        return self._node(actor.name, "actor", spec, python_path=base, restart=_policy(actor.restart))
+
+    def _control(self) -> NodeSpec:
+        actors = [ActorSpec("directory", "callboard.actors.directory:Directory")]
+        routers = self._routers()
+        actors += [self._router(router) for router in routers]
+        if self.fleet.engine:
+            actors.append(self._frontend(routers[0].name))
+        return self._node("control", "control", *actors, removes=str(self.run_dir), is_essential=True)
+
+    def _routers(self) -> tuple[Router, ...]:
+        if self.fleet.router or not self.fleet.engine:
+            return self.fleet.router
+        roles = [set(engine.roles) for engine in self.fleet.engine]
+        is_split = {"prefill"} in roles and {"decode"} in roles
+        return (Router("main", "disaggregate" if is_split else "least_loaded"),)
+
+    def _router(self, router: Router) -> ActorSpec:
+        script = script_path(self.file, router.script)
+        config = {
+            "name": router.name,
+            "script": router.script if script is None else str(script),
+            "options": router.options,
+            "deadline_s": parse_duration(router.deadline),
+            "max_queue": router.max_queue,
+        }
+        return ActorSpec(router.name, "callboard.router.actor:RouterActor", config)
+
+    def _frontend(self, router: str) -> ActorSpec:
+        host, _ = split_address(self.fleet.listen.http)
+        served = dict.fromkeys(self._model(engine) for engine in self.fleet.engine)
+        config = {
+            "name": "frontend",
+            "host": host,
+            "port": self.port,
+            "router": msgspec.to_builtins(self.address("control", router)),
+            "models": {name: {"path": str(self.models[name]), "max_model_len": self.max_lens[name]} for name in served},
+        }
+        if self.fleet.listen.api_keys is not None:
+            lines = (self.file.base / self.fleet.listen.api_keys).read_text().split()
+            config["api_keys"] = list(dict.fromkeys(lines))
+        return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
+
+
+def _policy(restart: Restart) -> RestartPolicy:
+    return RestartPolicy(restart.policy == "on-failure", parse_duration(restart.backoff), restart.max)

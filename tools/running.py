@@ -1,0 +1,127 @@
+"""Which fleets run: their run directories, and the state file in each, written by the launcher and read by everybody.
+
+A fleet is found by its name: ``$XDG_RUNTIME_DIR/callboard/NAME``, or ``/tmp/callboard-UID/NAME``.
+"""
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from callboard.actors.run_dir import clear_run_dir, is_locked, try_lock
+from callboard.actors.supervisor import NodeState
+from callboard.bus import Address
+from callboard.bus.liveness import process_start
+
+from .errors import CliError, FleetRuns, NoSuchFleet
+
+STATE = "state.json"
+LINGER_S = 15.0
+"""How long the processes of a killed launcher may take to end."""
+
+
+class FleetState(msgspec.Struct, frozen=True):
+    """What the launcher says of its fleet."""
+
+    name: str
+    state: str
+    launcher_pid: int
+    launcher_start: int
+    directory: Address
+    url: str | None = None
+    models: tuple[str, ...] = ()
+    fleet_file: str | None = None
+    nodes: tuple[NodeState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunningFleet:
+    """A fleet whose launcher lives."""
+
+    folder: Path
+    state: FleetState
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+
+def runtime_root() -> Path:
+    """Return the directory of all run directories, made 0700 if need be. Raises CliError if it is somebody else's."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.access(runtime, os.W_OK | os.X_OK):
+        root = Path(runtime) / "callboard"
+    else:
+        root = Path(f"/tmp/callboard-{os.getuid()}")
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        found = root.lstat()
+    except OSError as error:
+        raise CliError(f"cannot make {root}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours") from None
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or not root.is_dir() or root.is_symlink():
+        raise CliError(f"{root} is not private to you (0700): remove it, or set XDG_RUNTIME_DIR")
+    return root
+
+
+def read_state(folder: Path) -> FleetState | None:
+    """Return the state of the fleet in ``folder``; None if there is none or its launcher is dead."""
+    try:
+        state = msgspec.json.decode((folder / STATE).read_bytes(), type=FleetState)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return state if process_start(state.launcher_pid) == state.launcher_start and is_locked(folder) else None
+
+
+def write_state(folder: Path, state: FleetState) -> None:
+    """Replace the state file as a whole."""
+    part = folder / f".{STATE}"
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
+    part.replace(folder / STATE)
+
+
+def running_fleets() -> list[RunningFleet]:
+    """Return all fleets of this user that run, by name."""
+    folders = sorted(path for path in runtime_root().iterdir() if path.is_dir())
+    return [RunningFleet(folder, state) for folder in folders if (state := read_state(folder)) is not None]
+
+
+def find_fleet(name: str | None) -> RunningFleet:
+    """Return the fleet of that name, or the only one that runs. Raises NoSuchFleet."""
+    fleets = running_fleets()
+    if name is None and len(fleets) == 1:
+        return fleets[0]
+    names = ", ".join(fleet.state.name for fleet in fleets)
+    if not fleets:
+        missing = "no fleet is running" if name is None else f'no fleet "{name}" is running'
+        raise NoSuchFleet(f'{missing}: start one with "callboard up"')
+    if name is None:
+        raise NoSuchFleet(f"several fleets are running: name one of {names}")
+    for fleet in fleets:
+        if fleet.state.name == name:
+            return fleet
+    raise NoSuchFleet(f'no fleet "{name}" is running; running: {names}')
+
+
+async def claim_run_dir(name: str) -> tuple[Path, int]:
+    """Make the run directory of fleet ``name``, emptied, and return it with its lock. Raises FleetRuns."""
+    folder = runtime_root() / name
+    attempts = int(LINGER_S / 0.1)
+    for _ in range(attempts):
+        lock = try_lock(folder)
+        if lock is not None:
+            clear_run_dir(folder)
+            (folder / "logs").mkdir(mode=0o700)
+            return folder, lock
+        if (state := read_state(folder)) is not None:
+            hint = f'stop it with "callboard down {name}", or pass --name for a second one'
+            raise FleetRuns(f'a fleet "{name}" is running already (launcher pid {state.launcher_pid}): {hint}')
+        await asyncio.sleep(0.1)  # It is starting this very moment, or the rest of a killed one is ending.
+    raise FleetRuns(f'processes of an earlier fleet "{name}" have not ended yet: try again, or pass --name')
+
+
+def cache_dir() -> Path:
+    """Return where converted models are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "callboard" / "models"
