@@ -23,7 +23,7 @@ from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tok
 
 from .actor import Actor
 from .kv_attachments import Attachments
-from .kv_peers import Tie, Tied, Writers
+from .kv_peers import SELF, Tie, Tied, Writers
 from .kv_queue import BlockQueue, Priority
 from .kv_sender import Sender
 from .protocol import (
@@ -58,8 +58,6 @@ from .protocol import (
 
 REPORT_S = 0.2
 """How often the directory hears of the load."""
-SELF = "self"
-"""The writer of copies inside the pool: always heard of."""
 STATS_RECALL_S = 0.5
 """How long engines may take to return unused blocks before they are counted."""
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .kv_manager import KvManager
 
 
+SELF = "self"
+"""The writer of copies inside a manager's own pool: always heard of."""
+
+
 class Tied(Message, frozen=True):
     """The first and only item of Tie: the pool that may be written into."""
 

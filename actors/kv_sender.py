@@ -17,7 +17,7 @@ from callboard.kv.layout import BadRange, StaleReservation
 from callboard.kv.slots import cut_runs, num_slots, pair_runs, resolve_range, slot_runs
 from callboard.kv.tokens import num_tokens, pack_tokens
 
-from .kv_peers import Peers
+from .kv_peers import SELF, Peers
 from .kv_queue import Priority
 from .protocol import Abort, CloseWrite, ComputeKv, KvAddr, KvComputed, LayersDone, OpenWrite, RemoteSend, Sent
 
@@ -174,7 +174,7 @@ class Sender:
         write_id = manager.node.new_id()
         opening = OpenWrite(kv.reservation_id, kv.epoch, write_id, begin, end)
         if kv.manager == manager.ref.address:
-            manager.open_write(opening, writer="self")
+            manager.open_write(opening, writer=SELF)
             is_complete = False
             try:
                 yield MappedLane("inproc", manager.store, is_owner=False)

@@ -106,9 +106,7 @@ class Node:
 
     # ---- actors --------------------------------------------------------------------------------------------------
 
-    def add(
-        self, name: str, actor: object, *, after_crash: Callable[[], Coroutine[Any, Any, None]] | None = None
-    ) -> Ref:
+    def add(self, name: str, actor: object, *, after_crash: AfterCrash | None = None) -> Ref:
         """Make ``actor`` reachable as ``name``: any object with ``on_*`` handlers. Raises ValueError, TypeError.
 
         ``after_crash`` is run once if a bug stops the actor: to end what it has under way.

@@ -38,7 +38,7 @@ class PrefixCache:
     """Radix prefix cache over a pool, evicting least recently used leaves first.
 
     All references to blocks that may be cached go through ``pin`` and ``unpin``: that is how the cache knows which
-    of its blocks are idle. "Recently" counts pins, unpins and inserts, not time.
+    of its blocks are idle. "Recently" counts pins, unpins and inserts, not seconds.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:

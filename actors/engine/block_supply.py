@@ -1,5 +1,6 @@
 """Everything an engine and its KV manager say to each other about blocks: admission, the slab, sealing, giving back."""
 
+import asyncio
 from collections.abc import Callable
 
 from callboard.actors.actor import Actor
@@ -11,10 +12,14 @@ from .attachment import Attachment
 from .scheduler import Released, Scheduler
 from .sequence import Sequence
 
-REFILL_RETRY_S = 0.02
-"""After a refill that brought nothing, while nobody lacks a block."""
-REFILL_TIMEOUT_S = 30.0
-ALONE_WAIT_S = 1.0
+QUIET_S = 0.05
+"""After a refill that brought nothing, and after a recall: no asking for what nobody lacks."""
+GRACE_S = 0.01
+"""How long somebody who lacks a block waits for a refill, before a sequence is preempted to make room."""
+ALONE_GRACE_S = 1.0
+"""The same for one who is alone, and could preempt nobody but itself: another engine may give some back."""
+REFILL_WAIT_S = 2.0
+"""How long a refill waits at the manager for somebody who lacks a block; then it is asked for anew."""
 LONGEST_WAIT_S = 3600.0
 
 
@@ -77,31 +82,43 @@ class BlockSupply:
         """Give back unused blocks of the slab, because somebody else needs them."""
         if len(self._scheduler.slab):
             self._manager.tell(Give(self._engine, self._scheduler.slab.give(num_blocks)))
+            self._refill_again_s = self._actor.node.clock.now() + QUIET_S
 
-    def refill(self, *, is_urgent: bool) -> None:
+    def refill(self) -> None:
         """Ask for slab blocks in the background where the slab wants some, or give it back where nobody needs it."""
         slab = self._scheduler.slab
         if not self._attachment.is_attached or self._is_refilling:
             return
         if not slab.target and len(slab):
             self._manager.tell(Give(self._engine, slab.give()))
-        if slab.wants and (is_urgent or self._actor.node.clock.now() >= self._refill_again_s):
+        is_short = self._scheduler.is_short
+        if slab.wants and (is_short or self._actor.node.clock.now() >= self._refill_again_s):
             self._is_refilling = True
-            self._actor.spawn(self._await_refill(slab.wants, self._attachment.count))
+            wait_s = REFILL_WAIT_S if is_short else 0.0
+            self._actor.spawn(self._await_refill(Refill(self._engine, slab.wants, wait_s), self._attachment.count))
 
-    async def _await_refill(self, num_blocks: int, attachment: int) -> None:
-        # Somebody alone has nobody to preempt but itself: it is better to wait for another engine's blocks.
-        wait_s = ALONE_WAIT_S if self._scheduler.num_generating <= 1 else 0.0
+    async def _await_refill(self, message: Refill, attachment: int) -> None:
         clock = self._actor.node.clock
-        try:
-            answer = await self._manager.ask(Refill(self._engine, num_blocks, wait_s), timeout=REFILL_TIMEOUT_S)
-            blocks = unpack_tokens(answer.blocks)
-        except BusError:
-            blocks = []  # The end of the attachment will say why.
-            await clock.sleep(REFILL_RETRY_S)
-        finally:
-            self._is_refilling = False
+        # The refill waits at the manager, ahead of admissions, while a sequence is preempted here to feed it:
+        # the other way round, the blocks would go to the next admission and the shortage would last.
+        asking = self._actor.spawn(self._ask_refill(message))
+        begin_s = clock.now()
+        while message.wait_s and not asking.done():
+            await asyncio.wait((asking,), timeout=GRACE_S)
+            is_alone = self._scheduler.num_generating <= 1
+            if clock.now() - begin_s >= (ALONE_GRACE_S if is_alone else GRACE_S) and not asking.done():
+                self._scheduler.slab.is_exhausted = True
+                self._on_change()
+        blocks = await asking
+        self._is_refilling = False
         if self._attachment.is_current(attachment):
             self._scheduler.slab.refill(blocks)
-            self._refill_again_s = clock.now() + (0.0 if blocks else REFILL_RETRY_S)
+            self._refill_again_s = clock.now() + (0.0 if blocks else QUIET_S)
             self._on_change()
+
+    async def _ask_refill(self, message: Refill) -> list[int]:
+        try:
+            return unpack_tokens((await self._manager.ask(message, timeout=REFILL_WAIT_S + 5.0)).blocks)
+        except BusError:
+            await self._actor.node.clock.sleep(QUIET_S)  # The end of the attachment will say why.
+            return []

@@ -236,7 +236,7 @@ class Engine(Actor):
             self._carry_out()
             step = self.scheduler.schedule()
             self._carry_out()
-            self.supply.refill(is_urgent=not step.chunks)
+            self.supply.refill()
             if step.chunks:
                 await self._run_step(step)
             else:
@@ -298,8 +298,6 @@ class Engine(Actor):
             return
         self.supply.give_back(released)
         if released.is_preempted and generation is not None:
-            # The refill goes first, or the preempted would take back the very blocks it was to make room with.
-            self.supply.refill(is_urgent=True)
             generation.preempted()
 
     # ---- the pool ------------------------------------------------------------------------------------------------

@@ -170,6 +170,13 @@ class Scheduler:
         return sum(not sequence.is_kv_only for sequence in self._order)
 
     @property
+    def is_short(self) -> bool:
+        """Whether somebody lacks a block that the slab does not have."""
+        if len(self.slab):
+            return False
+        return any(s.is_decoding and not s.is_paused and self._lacks_block(s) for s in self._order)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens still to go through the model before every sequence decodes."""
         return sum(sequence.num_uncomputed_tokens for sequence in self._order if not sequence.is_decoding)
@@ -207,11 +214,11 @@ class Scheduler:
 
         One at a time: its blocks go back to the pool, and the next refill says whether that was enough.
         """
-        if len(self.slab) or not self.slab.is_exhausted:
+        if not self.slab.is_exhausted:
             return
-        growing = [sequence for sequence in self._order if not sequence.is_kv_only]
-        if any(s.is_decoding and not s.is_paused and self._lacks_block(s) for s in growing):
-            self._release(growing[-1], is_preempted=True)
+        if self.is_short:
+            latest = next(sequence for sequence in reversed(self._order) if not sequence.is_kv_only)
+            self._release(latest, is_preempted=True)
             self.slab.is_exhausted = False
 
     def _emit(self, sequence: Sequence, sample: Sample) -> None:
@@ -241,8 +248,8 @@ class Scheduler:
         self._size_slab()
 
     def _size_slab(self) -> None:
-        # At most a step's worth: every generating sequence crosses into a new block at once.
-        self.slab.target = self.num_generating
+        # A step's worth would be a block for each; half of that is refilled before the next ones need theirs.
+        self.slab.target = (self.num_generating + 1) // 2
 
     def _is_in_flight(self, sequence_id: str) -> bool:
         return self._in_flight is not None and any(chunk.sequence_id == sequence_id for chunk in self._in_flight.chunks)

@@ -11,7 +11,7 @@ class Slab:
         self._blocks: list[int] = []
         self.target = 0
         self.is_exhausted = False
-        """The last refill brought nothing: whoever lacks a block must make room itself."""
+        """A refill waits in vain: whoever lacks a block must make room itself."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -28,10 +28,9 @@ class Slab:
         return self._blocks.pop() if self._blocks else None
 
     def refill(self, blocks: Iterable[int]) -> None:
-        """Add leased blocks; none at all means that the pool is exhausted."""
-        before = len(self._blocks)
+        """Add leased blocks, perhaps none."""
         self._blocks.extend(blocks)
-        self.is_exhausted = len(self._blocks) == before
+        self.is_exhausted = False
 
     def give(self, num_blocks: int | None = None) -> bytes:
         """Remove up to ``num_blocks`` blocks (None: all) and return them as int32 bytes."""

@@ -79,6 +79,7 @@ class LocalEngine:
         if slab.wants:
             taken = [self.pool.free.pop() for _ in range(min(slab.wants, len(self.pool.free)))]
             slab.refill(taken)
+            slab.is_exhausted = not taken
         if not slab.is_exhausted:
             self.admit_waiting()
         step = self.scheduler.schedule()

@@ -57,18 +57,21 @@ class Running:
             return [token async for token in items]
 
     async def assert_all_free(self):
-        async with asyncio.timeout(5):
-            while True:
-                stats = await self.manager_ref.ask(GetKvStats(recall=True))
-                assert not stats.problems
-                if stats.free + stats.cached == stats.num_blocks:
-                    return
-                await asyncio.sleep(0.01)
+        stats = await self.manager_ref.ask(GetKvStats(recall=True))
+        for _ in range(100):
+            if stats.free + stats.cached == stats.num_blocks:
+                break
+            await asyncio.sleep(0.01)
+            stats = await self.manager_ref.ask(GetKvStats(recall=True))
+        assert not stats.problems
+        assert stats.free + stats.cached == stats.num_blocks
 
     async def until(self, condition):
-        async with asyncio.timeout(5):
-            while not condition():
-                await asyncio.sleep(0.002)
+        for _ in range(2000):
+            if condition():
+                return
+            await asyncio.sleep(0.002)
+        raise AssertionError("it did not come to pass")
 
 
 @asynccontextmanager

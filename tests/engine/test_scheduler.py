@@ -113,7 +113,7 @@ def test_the_latest_arrival_is_preempted_when_the_pool_is_exhausted(runner):
     run(scheduling, runner)
     scheduling.take_instructions()
     assert not scheduling.schedule().chunks  # nobody has a block, and a refill may still bring some
-    scheduling.slab.refill([])
+    scheduling.slab.is_exhausted = True
     scheduling.schedule()
     (released,) = scheduling.take_instructions()
     assert released.sequence.sequence_id == "late"

@@ -60,7 +60,7 @@ def start_writer(*arguments):
 
 async def until(ask, holds):
     async with asyncio.timeout(10.0):
-        while not holds(stats := await ask()):  # noqa: ASYNC110
+        while not holds(stats := await ask()):
             await asyncio.sleep(0.01)
     assert stats.problems == ()
 

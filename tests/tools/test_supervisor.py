@@ -51,7 +51,7 @@ async def supervisor(place: Any, states: list[NodeState], **options: Any) -> Asy
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 (a process of its own changes it)
+        while not condition():
             await asyncio.sleep(0.02)
 
 
