@@ -79,6 +79,10 @@ class Link:
             self._is_flush_scheduled = True
             self._loop.call_soon(self._flush)
 
+    def begin_numbering(self) -> None:
+        """Count batches from 0: a new connection is a new numbering, also when this link is dialled again."""
+        self._sent = self._received = 0
+
     def send_now(self, frame: Frame) -> None:
         """Send a handshake frame by itself, before the link is open."""
         assert self.connection is not None

@@ -101,6 +101,7 @@ class Links:
     def _dial(self, link: Link) -> None:
         if not link.is_broken:
             link.connection = self._node.transport.dial(link.endpoint)
+            link.begin_numbering()
             self._by_connection[link.connection] = link
             link.send_now(self._info(Hello))
 

@@ -1,7 +1,7 @@
 """A fleet in one process, of the production actors over the in-process transport, for tests."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,3 +151,10 @@ async def running_fleet(
         router = RouterActor(RouterActor.Config(name="main", script=script, options=options or {}))
         fleet.router = await fleet.start(control, "main", router, directory)
         yield fleet
+
+
+async def at_once(
+    generate: Callable[..., Awaitable[Generated]], work: list[tuple[list[int], SamplingParams]]
+) -> list[Generated]:
+    """Generate all of them together; return what each brought, in order."""
+    return list(await asyncio.gather(*(generate(prompt, sampling) for prompt, sampling in work)))

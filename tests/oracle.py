@@ -34,12 +34,12 @@ def _shortfall(logits: torch.Tensor, token: int, position: int, sampling: Sampli
     shifted = logits + sampling.temperature * noise(sampling.seed, sampling.index, position, len(logits))
     # The last candidate of top-p may fall either side of the threshold: it is allowed, and not demanded.
     allowed, demanded = (_with_mass(logits, sampling, slack) for slack in (MASS_TOLERANCE, -MASS_TOLERANCE))
-    if token not in allowed.tolist():
+    if allowed is not None and token not in allowed.tolist():
         return float("inf")
-    return float(shifted[demanded].max() - shifted[token])
+    return float((shifted if demanded is None else shifted[demanded]).max() - shifted[token])
 
 
-def _with_mass(logits: torch.Tensor, sampling: SamplingParams, slack: float) -> torch.Tensor:
+def _with_mass(logits: torch.Tensor, sampling: SamplingParams, slack: float) -> torch.Tensor | None:
     if sampling.top_p >= 1.0:
         return candidates(logits, sampling)
     return candidates(logits, replace(sampling, top_p=min(1.0, max(1e-9, sampling.top_p + slack))))

@@ -18,6 +18,7 @@ from .step import Draw, Sample
 GOLDEN_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
+MAX_INT64 = (1 << 63) - 1
 
 MIN_TEMPERATURE = 1e-5  # below it logits / T would overflow, and a draw is the greedy token anyway
 
@@ -28,23 +29,24 @@ def noise(seed: int, index: int, position: int, vocab: int | Tensor) -> Tensor:
     key = torch.tensor(_signed(seed))
     for word in (index, position):
         key = _mix(key + GOLDEN_STEP) ^ _signed(word)
-    bits = _mix(_mix(key + GOLDEN_STEP) + (ids + 1) * GOLDEN_STEP)
+    # Hot: over the vocabulary for each sampled token, so in place (fresh memory would cost more than the arithmetic).
+    bits = _mix((ids + 1).mul_(GOLDEN_STEP).add_(_mix(key + GOLDEN_STEP)))
     # 63 bits make a uniform number that is finest near 0, where an exponential is small and the noise is large:
     # so the winning end of the noise keeps its precision in float32.
-    uniform = (((bits >> 1) & 0x7FFFFFFFFFFFFFFF).to(torch.float32) + 0.5) * 2.0**-63
-    exponential = -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))
-    return -torch.log(exponential)
+    uniform = bits.bitwise_and_(MAX_INT64).to(torch.float32).add_(0.5).mul_(2.0**-63).clamp_(max=1 - 2.0**-24)
+    exponential = uniform.neg_().log1p_().neg_()
+    return exponential.log_().neg_()
 
 
-def candidates(logits: Tensor, sampling: SamplingParams) -> Tensor:
+def candidates(logits: Tensor, sampling: SamplingParams) -> Tensor | None:
     """Return the vocabulary ids that top-k, and then top-p of what it leaves, keep of one row of logits [vocab].
 
-    Top-p keeps the likeliest tokens up to the one that reaches the mass, so at least one.
+    None: all of them. Top-p keeps the likeliest tokens up to the one that reaches the mass, so at least one.
     """
     vocab = logits.shape[-1]
     top_k = vocab if sampling.top_k is None else min(sampling.top_k, vocab)
     if top_k == vocab and sampling.top_p >= 1.0:
-        return torch.arange(vocab, device=logits.device)
+        return None
     kept, ids = torch.topk(logits, top_k) if top_k < vocab else torch.sort(logits, descending=True)
     if sampling.top_p < 1.0:
         probabilities = torch.softmax(kept / sampling.temperature, dim=-1)
@@ -58,21 +60,28 @@ def sample(logits: Tensor, draws: Items[Draw]) -> list[Sample]:
     logits = logits.float()
     chosen = logits.argmax(dim=-1).tolist()
     for row, draw in enumerate(draws):
-        sampling = draw.sampling
-        if sampling.temperature >= MIN_TEMPERATURE:
-            ids = candidates(logits[row], sampling)
-            shift = noise(sampling.seed, sampling.index, draw.position, ids)
-            chosen[row] = int(ids[torch.argmax(logits[row][ids] / sampling.temperature + shift)])
+        if draw.sampling.temperature >= MIN_TEMPERATURE:
+            chosen[row] = _choose(logits[row], draw)
     picked = logits[torch.arange(len(chosen)), torch.tensor(chosen, dtype=torch.int64)]
     logprobs = (picked - torch.logsumexp(logits, dim=-1)).tolist()
     return [Sample(token, min(0.0, logprob)) for token, logprob in zip(chosen, logprobs, strict=True)]
 
 
+def _choose(logits: Tensor, draw: Draw) -> int:
+    sampling = draw.sampling
+    ids = candidates(logits, sampling)
+    if ids is None:
+        shift = noise(sampling.seed, sampling.index, draw.position, logits.shape[-1])
+        return int((logits / sampling.temperature).add_(shift).argmax())
+    shift = noise(sampling.seed, sampling.index, draw.position, ids)
+    return int(ids[(logits[ids] / sampling.temperature + shift).argmax()])
+
+
 def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 numbers one to one; products wrap, and the masks make the shifts logical."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX_1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX_2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    """Scramble int64 numbers in place, one to one; products wrap, and the masks make the shifts logical."""
+    x.bitwise_xor_((x >> 30).bitwise_and_(0x3FFFFFFFF)).mul_(MIX_1)
+    x.bitwise_xor_((x >> 27).bitwise_and_(0x1FFFFFFFFF)).mul_(MIX_2)
+    return x.bitwise_xor_((x >> 31).bitwise_and_(0x1FFFFFFFF))
 
 
 def _signed(word: int) -> int:

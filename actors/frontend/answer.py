@@ -151,6 +151,7 @@ def build_answer(prepared: Prepared, backend: Backend, ids: list[str], prefix: s
             prompt=prompt[-_PROMPT_TAIL:],
             stops=request.stops,
             has_logprobs=request.wants_logprobs,
+            has_token_ids=bool(request.return_token_ids),
         )
         sequences.append(Sequence(index, prompt_index, message, text))
     return Answer(

@@ -47,6 +47,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
     priority: _Priority | None = None
     # Known, and refused unless they ask for nothing:
     presence_penalty: float | None = None

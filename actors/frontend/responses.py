@@ -61,6 +61,8 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    token_ids: list[int] | UnsetType = UNSET
+    """An extension, for clients that set ``return_token_ids``."""
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
@@ -78,6 +80,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -94,6 +97,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -158,7 +162,7 @@ class CompletionShape:
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Any:
         text = "".join(piece.text for piece in pieces)
-        return CompletionChoice(index, text, _completion_logprobs(pieces), pieces[-1].finish_reason)
+        return CompletionChoice(index, text, _completion_logprobs(pieces), pieces[-1].finish_reason, _token_ids(pieces))
 
 
 class ChatShape:
@@ -173,15 +177,23 @@ class ChatShape:
 
     def chunks(self, index: int, piece: Piece) -> list[Any]:
         chunks = []
-        if piece.text or piece.logprobs:
-            chunks.append(ChatChunkChoice(index, Delta(content=piece.text), _chat_logprobs((piece,)), None))
+        if piece.text or piece.logprobs or piece.token_ids:
+            delta, token_ids = Delta(content=piece.text), _token_ids((piece,))
+            chunks.append(ChatChunkChoice(index, delta, _chat_logprobs((piece,)), None, token_ids))
         if piece.finish_reason is not None:
             chunks.append(ChatChunkChoice(index, Delta(), None, piece.finish_reason))
         return chunks
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Any:
         text = "".join(piece.text for piece in pieces)
-        return ChatChoice(index, AssistantMessage(text), _chat_logprobs(pieces), pieces[-1].finish_reason)
+        message, token_ids = AssistantMessage(text), _token_ids(pieces)
+        return ChatChoice(index, message, _chat_logprobs(pieces), pieces[-1].finish_reason, token_ids)
+
+
+def _token_ids(pieces: Sequence[Piece]) -> list[int] | UnsetType:
+    if pieces[-1].token_ids is None:
+        return UNSET
+    return [id for piece in pieces for id in piece.token_ids or ()]
 
 
 def _shown(entry: TokenLogprob) -> str:

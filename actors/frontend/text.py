@@ -122,21 +122,30 @@ class Piece:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    """The token itself, where the client asked for ids."""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.logprobs or self.finish_reason)
+        return bool(self.text or self.logprobs or self.finish_reason or self.token_ids)
 
 
 class SequenceText:
     """The text state of one sequence: tokens in, pieces out, until the engine finishes or a stop string appears."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, prompt: Sequence[int] = (), stops: Sequence[str] = (), has_logprobs: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt: Sequence[int] = (),
+        stops: Sequence[str] = (),
+        has_logprobs: bool = False,
+        has_token_ids: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stops = StopStrings(stops)
         self._has_logprobs = has_logprobs
+        self._has_token_ids = has_token_ids
         self._waiting: list[TokenLogprob] = []
         self._num_seen = 0
         self._num_shown = 0
@@ -164,7 +173,8 @@ class SequenceText:
             shown += self._stops.flush()
             self.finish_reason = token.finish_reason
         self._num_shown += len(shown)
-        return Piece(shown, self._take_logprobs(), self.finish_reason)
+        token_ids = (token.id,) if self._has_token_ids else None
+        return Piece(shown, self._take_logprobs(), self.finish_reason, token_ids)
 
     @property
     def is_cut(self) -> bool:

@@ -11,6 +11,7 @@ from callboard.actors.actor import Actor, start_actor
 from callboard.bus import (
     FOREVER,
     ActorDied,
+    Address,
     Ask,
     AskTimeout,
     LinkLost,
@@ -339,3 +340,13 @@ async def test_a_bug_ends_the_tasks_of_its_actor(tmp_path: Path) -> None:
             await ref.ask(Break())
         await until(lambda: worker.is_cancelled)
     assert crashes == ["worker"]
+
+
+async def test_a_node_that_was_dialled_too_early_is_reached_when_it_listens(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/late.sock"
+    async with Node("client") as client:
+        asked = asyncio.ensure_future(client.ref(Address("late", endpoint, "server")).ask(Echo("x"), timeout=5))
+        await asyncio.sleep(0.3)  # Some dials have failed by now.
+        async with Node("late", endpoint=endpoint) as late:
+            late.add("server", Server())
+            assert await asked == Text("x")

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import save_tiny_model, tiny_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from callboard.actors.embedded_model import embedded_gguf, resolve
 from callboard.actors.model_config import layout_of, read_model_config
 from callboard.kv.layout import KvLayout
+from callboard.tools.running import cache_dir
 
 TinyModel = tuple[Path, KvLayout, PreTrainedModel]
 
@@ -26,3 +29,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Return the embedded model's directory, converted on first use."""
+    return resolve(str(embedded_gguf()), cache_dir(), print)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> PreTrainedModel:
+    """Return the embedded model as plain transformers has it."""
+    return AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()

@@ -4,12 +4,11 @@ A single unbatched request gives the very tokens of transformers' generate(); wh
 the oracle (tests/oracle.py).
 """
 
-import asyncio
 from collections.abc import Callable
 from random import Random
 
 import pytest
-from fleet import Generated, running_fleet
+from fleet import at_once, running_fleet
 from oracle import assert_tokens_pass_oracle
 from tiny_models import NAMES, generate_tokens, random_prompt
 
@@ -138,9 +137,3 @@ async def test_a_prefix_hit_computes_only_the_rest(tiny: Callable) -> None:
         (sent,) = [call for call in await fleet.sub_requests("two") if call.verb == "remote_send"]
         assert sent.num_computed_tokens == 11
         assert sent.num_bytes == 11 * layout.token_bytes
-
-
-async def at_once(generate: Callable, work: list[tuple[list[int], SamplingParams]]) -> list[Generated]:
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(generate(prompt, sampling)) for prompt, sampling in work]
-    return [task.result() for task in tasks]

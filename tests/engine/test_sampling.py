@@ -54,7 +54,8 @@ def test_a_sample_does_not_depend_on_its_batch(temperature, top_p, top_k, seed):
     others = (SamplingParams(), 0), (SamplingParams(temperature=1.0, seed=5), 7)
     alone = tokens_of(logits[1:2], (sampling, 4))
     assert tokens_of(logits, others[0], (sampling, 4), others[1])[1:2] == alone
-    assert alone[0] in candidates(logits[1], sampling).tolist()
+    kept = candidates(logits[1], sampling)
+    assert kept is None or alone[0] in kept.tolist()
 
 
 @given(st.floats(0.01, 0.99), st.integers(0, 99))

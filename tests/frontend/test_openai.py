@@ -222,3 +222,18 @@ async def test_a_long_prompt_is_the_same_as_a_short_one(open_door: Any, model_di
     content = [{"role": "user", "content": text}]
     await door.openai.chat.completions.create(model="tiny", messages=content)
     assert len(door.router.asked[1].prompt) > len(door.router.asked[0].prompt)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_token_ids_are_returned_to_those_who_ask(door: Any, is_streamed: bool) -> None:
+    door.router.says("Hello wörld 🙂")
+    extra = {"return_token_ids": True}
+    if is_streamed:
+        stream = await door.openai.completions.create(model="tiny", prompt="x", stream=True, extra_body=extra)
+        ids = [id async for chunk in stream for id in chunk.choices[0].token_ids]
+    else:
+        reply = await door.openai.chat.completions.create(model="tiny", messages=HELLO, extra_body=extra)
+        ids = reply.choices[0].token_ids
+    assert door.router.tokenizer.decode(ids, skip_special_tokens=True) == "Hello wörld 🙂"
+    plain = await door.openai.completions.create(model="tiny", prompt="x")
+    assert "token_ids" not in plain.choices[0].model_dump()

@@ -1,0 +1,99 @@
+"""SmolLM2 on twenty prompts through every path, equal to generate()."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fleet import at_once, running_fleet
+from oracle import assert_tokens_pass_oracle
+from tiny_models import generate_tokens
+from transformers import AutoTokenizer, PreTrainedModel
+
+from callboard.actors.model_config import layout_of, read_model_config
+from callboard.actors.protocol import SamplingParams
+
+pytestmark = pytest.mark.smollm2
+NUM_NEW = 8
+GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
+TEXTS = (
+    "The capital of France is",
+    "Water boils at",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea, there lived",
+    "1, 1, 2, 3, 5, 8,",
+    "The three primary colours are",
+    "A binary search tree is",
+    "To be, or not to be,",
+    "Roses are red,",
+    "The quick brown fox",
+    "In 1969, the first human",
+    "Photosynthesis is the process by which",
+    "Dear Sir or Madam,",
+    "import numpy as np\n",
+    "The opposite of hot is",
+    "Two plus two equals",
+    "The largest planet of the solar system is",
+    "My favourite recipe begins with",
+    "Breaking news:",
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of",
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    return [generate_tokens(smollm2, prompt, NUM_NEW) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [("round_robin", {}), ("disaggregate", {}), ("balanced", {"ratio": 0.2}), ("balanced", {"ratio": 0.6})],
+)
+async def test_twenty_prompts_equal_generate(
+    script: str,
+    options: dict[str, float],
+    smollm2_path: Path,
+    smollm2: PreTrainedModel,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    layout = layout_of(read_model_config(smollm2_path))
+    engines = ("e",) if script == "round_robin" else ("p", "d")
+    async with running_fleet(
+        layout=layout, model=smollm2_path, engines=engines, script=script, options=options, num_blocks=96
+    ) as fleet:
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            assert (await fleet.generate(prompt, GREEDY)).tokens == tokens
+        again = await fleet.generate(prompts[-1], GREEDY)
+        assert again.tokens == expected[-1]
+        assert again.usage is not None
+        assert again.usage.num_cached_tokens > 0
+        sampled = SamplingParams(max_tokens=NUM_NEW, temperature=0.8, top_p=0.95, seed=3, ignore_eos=True)
+        mixed = [(prompt, sampled if i % 2 else GREEDY) for i, prompt in enumerate(prompts[:16])]
+        for (prompt, sampling), got in zip(mixed, await at_once(fleet.generate, mixed), strict=True):
+            assert_tokens_pass_oracle(smollm2, prompt, got.tokens, sampling)
+        await fleet.assert_nothing_leaks()
+
+
+async def test_a_shared_thousand_tokens_is_computed_once(
+    smollm2_path: Path, smollm2: PreTrainedModel, prompts: Callable
+) -> None:
+    layout = layout_of(read_model_config(smollm2_path))
+    shared = [100 + (7 * i * i + 13 * i) % 40_000 for i in range(1000)]
+    first, second = [*shared, *prompts[0]], [*shared, *prompts[1]]
+    async with running_fleet(
+        layout=layout, model=smollm2_path, engines=("e",), script="round_robin", num_blocks=160
+    ) as fleet:
+        one, two = await fleet.generate(first, GREEDY), await fleet.generate(second, GREEDY)
+        assert one.usage is not None
+        assert two.usage is not None
+        assert one.usage.num_computed_tokens == len(first)
+        # 1,000 tokens fill 62 blocks; the 8 after them share a block with what differs.
+        assert two.usage.num_cached_tokens == 992
+        assert two.usage.num_computed_tokens == len(second) - 992
+        assert_tokens_pass_oracle(smollm2, second, two.tokens, GREEDY)
