@@ -216,10 +216,10 @@ class Scheduler:
         """
         if not self.slab.is_exhausted:
             return
+        self.slab.is_exhausted = False
         if self.is_short:
             latest = next(sequence for sequence in reversed(self._order) if not sequence.is_kv_only)
             self._release(latest, is_preempted=True)
-            self.slab.is_exhausted = False
 
     def _emit(self, sequence: Sequence, sample: Sample) -> None:
         assert sequence.sampling is not None

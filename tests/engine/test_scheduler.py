@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from callboard.actors.engine.scheduler import Scheduler
@@ -19,6 +19,7 @@ def prompt_of(length, family):
 
 @settings(max_examples=60, deadline=None)
 @given(requests, st.integers(8, 12), st.sampled_from([1, 3, 16]), st.sampled_from([1, 7, 64]), st.integers(0, 99))
+@example([(65, 50, 0), (1, 1, 0)], 8, 1, 1, 0)
 def test_any_mix_of_requests_in_a_small_pool_gets_exactly_its_tokens(
     local_engine, requests, num_blocks, max_num_seqs, budget, seed
 ):
