@@ -63,7 +63,8 @@ class Child:
         while (status := await self._next_status()) is not None:
             if status.state == "ready":
                 return True
-            on_state(status.state, status.detail)
+            if status.state != "failed":  # That is told once it has ended.
+                on_state(status.state, status.detail)
         return False
 
     async def ended(self) -> int:

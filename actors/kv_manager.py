@@ -120,7 +120,7 @@ class KvManager(Actor):
             Priority.PREP_RECV,
             self.blocks.allocator.blocks_for(length),
             lambda: reservations.reserve(
-                (message.request_id, message.attempt), message.prompt, end, now=self.node.clock.now()
+                (message.request_id, message.attempt, message.engine), message.prompt, end, now=self.node.clock.now()
             ),
             lambda held: reservations.release(held.reservation.id),
             message.wait_s,
@@ -169,13 +169,14 @@ class KvManager(Actor):
             return _admitted(grant)
         with self._awaiting(kv) as held:
             await self._sealed(held)
-            grant = await self.queue.take(
-                Priority.ADMIT,
-                total,
-                lambda: blocks.adopt(engine, sequence_id, tokens, kv.reservation_id),
-                undo,
-                message.wait_s,
-            )
+
+            def adopt() -> Grant:
+                return blocks.adopt(engine, sequence_id, tokens, kv.reservation_id)
+
+            if total <= len(held.block_table):
+                # Whoever lacks nothing does not queue: those who wait for blocks may be waiting for this one's.
+                return _admitted(adopt())
+            grant = await self.queue.take(Priority.ADMIT, total, adopt, undo, message.wait_s)
         return _admitted(grant)
 
     async def on_refill(self, message: Refill) -> Slab:

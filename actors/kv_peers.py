@@ -1,7 +1,7 @@
 """The ties between KV managers, from both sides: one standing tie, and one lane, for each manager that is sent to.
 
 While a tie stands, the receiving manager knows that the writer's process lives; when it breaks because that process
-died, all its writes are over. When the receiving manager dies, its lane is closed.
+died, all its writes are over. When the receiving manager dies, its lane is closed, also under those who write.
 """
 
 import asyncio
@@ -65,14 +65,7 @@ class Peer:
 
     def __init__(self, ref: Ref) -> None:
         self.ref = ref
-        self.num_users = 0
-        self.is_ended = False
         self.ready: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()
-
-    def close_unused(self) -> None:
-        """Close the lane, if the tie has ended and nobody is writing through it."""
-        if self.is_ended and self.num_users == 0 and self.ready.done() and not self.ready.exception():
-            self.ready.result().close()
 
 
 class Peers:
@@ -83,7 +76,7 @@ class Peers:
         self._peers: dict[tuple[Address, str], Peer] = {}
 
     async def enter(self, address: Address, epoch: str) -> Peer:
-        """Return the tie to a manager, made now if there is none; ``leave`` it afterwards.
+        """Return the tie to a manager, made now if there is none.
 
         Raises StaleReservation, and what the bus says of a manager that cannot be reached.
         """
@@ -91,19 +84,9 @@ class Peers:
         if peer is None:
             peer = self._peers[address, epoch] = Peer(self._manager.node.ref(address))
             self._manager.spawn(self._keep(peer, address, epoch))
-        peer.num_users += 1
-        try:
-            # Shielded: several senders may wait for the same tie.
-            await asyncio.shield(peer.ready)
-        except BaseException:
-            self.leave(peer)
-            raise
+        # Shielded: several senders may wait for the same tie.
+        await asyncio.shield(peer.ready)
         return peer
-
-    def leave(self, peer: Peer) -> None:
-        """End one use of a tie."""
-        peer.num_users -= 1
-        peer.close_unused()
 
     async def _keep(self, peer: Peer, address: Address, epoch: str) -> None:
         """Hold the tie until it breaks."""
@@ -122,8 +105,9 @@ class Peers:
             error = LinkLost(f"the pool of {address} is out of reach: {broken}")
         finally:
             self._peers.pop((address, epoch), None)
-            peer.is_ended = True
             if not peer.ready.done():
                 peer.ready.set_exception(error or LinkLost(f"no tie to {address}"))
                 peer.ready.exception()  # Nobody may be waiting for it.
-            peer.close_unused()
+            elif not peer.ready.exception():
+                # Also under a write: the next manager of that device may have the same memory, and lend it anew.
+                peer.ready.result().close()

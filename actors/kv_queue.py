@@ -16,11 +16,14 @@ RECALL_S = 0.1
 
 
 class Priority(enum.IntEnum):
-    """Running sequences go before new ones, and new ones before promises of room."""
+    """Running sequences go first; then sends, for which a reservation holds blocks already, here or elsewhere; then
+    new sequences, and last promises of room.
+    """
 
     REFILL = 0
-    ADMIT = 1
-    PREP_RECV = 2
+    SEND = 1
+    ADMIT = 2
+    PREP_RECV = 3
 
 
 class _Waiter:

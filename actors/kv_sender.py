@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from callboard.bus import FOREVER, ActorDied, Address, AskTimeout, BusError, LinkLost, Ref, Refusal
 from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
-from callboard.kv.lanes import Lane, MappedLane
+from callboard.kv.lanes import Lane, LaneClosed, MappedLane
 from callboard.kv.layout import BadRange, StaleReservation
 from callboard.kv.slots import cut_runs, num_slots, pair_runs, resolve_range, slot_runs
 from callboard.kv.tokens import num_tokens, pack_tokens
@@ -51,9 +51,10 @@ class Transfer:
         started = clock.now()
         source = slot_runs(self._loan.block_table, begin, end, self._kv.layout.block_size)
         copies = pair_runs(source, cut_runs(self._kv.slots, begin - self._kv.begin, end - self._kv.begin))
-        if not self._lane.fits(copies):
-            raise StaleReservation(reservation_id=self._kv.reservation_id, reason="it names slots outside of its pool")
-        self.num_bytes += await self._lane.write(self._manager.store, copies, layers)
+        try:
+            self.num_bytes += await self._lane.write(self._manager.store, copies, layers)
+        except LaneClosed:
+            raise LinkLost(f"the tie to {self._kv.manager} broke before all pages were sent") from None
         self.seconds += clock.now() - started
 
     @property
@@ -82,15 +83,27 @@ class Sender:
         if not kv.begin <= begin < end <= kv.end or num_slots(kv.slots) != kv.end - kv.begin:
             raise BadRange(begin=begin, end=end, num_tokens=kv.end, reason="it is not inside the reservation")
         async with self._write(kv, begin, end) as lane:
+            # Before an engine computes: a refusal after that would be taken for the engine's, that it writes nothing.
+            if not lane.fits(kv.slots):
+                raise StaleReservation(reservation_id=kv.reservation_id, reason="it names slots outside of its pool")
             loan = await manager.queue.take(
-                Priority.ADMIT,
-                manager.blocks.allocator.blocks_for(end),
+                Priority.SEND,
+                self._num_blocks(kv, end),
                 lambda: manager.blocks.lend(message.engine, message.prompt, end),
                 manager.end_loan,
                 message.wait_s,
             )
             transfer = Transfer(manager, kv, lane, loan, begin, end)
             return await self._fill(message, transfer, loan, begin, end, lane.name)
+
+    def _num_blocks(self, kv: KvAddr, end: int) -> int:
+        """Return how many blocks of this pool it comes to, those of the reservation included where they are here."""
+        blocks = self._manager.blocks
+        total = blocks.allocator.blocks_for(end)
+        if kv.manager != self._manager.ref.address:
+            return total
+        held = blocks.reservations.get(kv.reservation_id)
+        return total + len(held.block_table) - blocks.allocator.blocks_for(held.num_cached_tokens)
 
     async def _fill(
         self, message: RemoteSend, transfer: Transfer, loan: Loan, begin: int, end: int, lane_name: str
@@ -200,7 +213,6 @@ class Sender:
                 raise
             is_closed = True
         finally:
-            self._peers.leave(peer)
             if not is_closed:
                 manager.spawn(self._close(kv.manager, closing))
 

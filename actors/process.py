@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from callboard.bus import Node
+from callboard.bus import BusError, Node
 from callboard.bus.tasks import Tasks
 
 from .actor import Actor, start_actor, stop_actor
@@ -52,9 +53,11 @@ class Reporter:
     """Writes Status lines to the launcher; a launcher that is gone is no error."""
 
     def __init__(self, fd: int) -> None:
+        self.has_been_ready = False
         self._fd = fd
 
     def __call__(self, state: Any, detail: str = "") -> None:
+        self.has_been_ready |= state == "ready"
         try:
             os.write(self._fd, msgspec.json.encode(Status(state, detail)) + b"\n")
         except OSError:
@@ -65,13 +68,29 @@ def load_class(spec: ActorSpec) -> Any:
     """Import an actor's class. Raises CannotStart."""
     module_name, _, class_name = spec.class_path.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except AttributeError:
-        raise CannotStart(f"module {module_name} has no class {class_name}") from None
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
             raise CannotStart(f"there is no module {module_name}") from None
         raise CannotStart(f'{module_name} needs the module {error.name}: run "pip install {error.name}"') from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise CannotStart(f"module {module_name} has no class {class_name}")
+    if not isinstance(found, type):
+        raise CannotStart(f"{class_name} in module {module_name} is no class")
+    return found
+
+
+def describe(error: Exception, spec: NodeSpec) -> str:
+    """Return what people are told of a failure: a sentence of ours as it is, else what was raised, and where."""
+    text = str(error)
+    is_sentence = bool(text) and not isinstance(error, KeyError)
+    if isinstance(error, CannotStart | BusError) or (is_sentence and spec.kind != "actor"):
+        return text
+    found = f"{type(error).__name__}: {text}"
+    own = spec.python_path
+    frames = [] if own is None else [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(own)]
+    return f"{found} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else found
 
 
 def make_actor(kind: Any, config: dict[str, Any]) -> Any:
@@ -192,11 +211,16 @@ async def _main(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], watch: Laun
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     report("loading")
     try:
-        return 0 if await serve(spec, actors, stop, report) else 1
+        is_good = await serve(spec, actors, stop, report)
+        if stop.is_set() and not report.has_been_ready:
+            # A thread that reads a model cannot be stopped, and the end of the loop would wait for it.
+            if watch.is_orphan:
+                watch.remove_run_dir()
+            os._exit(0 if is_good else 1)
+        return 0 if is_good else 1
     except Exception as error:
         log.exception("failed")
-        text = str(error)
-        report("failed", text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}")
+        report("failed", describe(error, spec))
         return 1
 
 
@@ -225,7 +249,7 @@ def main() -> int:
         actors = [(each, make_actor(load_class(each), each.config)) for each in spec.actors]
     except Exception as error:
         log.exception("cannot start")
-        report("failed", str(error) if isinstance(error, CannotStart) else f"{type(error).__name__}: {error}")
+        report("failed", describe(error, spec))
         return 1
     import uvloop
 

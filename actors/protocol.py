@@ -31,7 +31,8 @@ class Reserved(Message, frozen=True):
 class PrepRecv(Ask[Reserved], frozen=True):
     """To a KV manager: match the prompt, reserve blocks for what is missing of ``prompt[:end]``, under a lease.
 
-    Raises OutOfBlocks when the blocks are not free within ``wait_s``, BadRange.
+    A repeat for the same request, attempt and engine gets the same reservation. Raises OutOfBlocks when the blocks are
+    not free within ``wait_s``, BadRange.
     """
 
     request_id: str
@@ -39,6 +40,8 @@ class PrepRecv(Ask[Reserved], frozen=True):
     prompt: bytes
     end: int | None = None
     wait_s: float = 0.0
+    engine: str = ""
+    """For which engine: several may share the manager."""
 
 
 class Sent(Message, frozen=True):

@@ -1,6 +1,7 @@
 """The supervisor: starts a fleet's processes by exec, restarts those that fail, and stops all of them in order.
 
-It lives in the launcher and is not on the bus. It holds the pools' memfds, so that a pool outlives its manager.
+It lives in the launcher and is not on the bus. It makes each pool's memfd, a new one for every start of its manager:
+an engine that still maps the last one must not write into blocks that the new manager lends.
 """
 
 import asyncio
@@ -62,7 +63,6 @@ class Supervisor:
         self._tasks = Tasks(self._broke)
         self._children: dict[str, Child] = {}
         self._specs: dict[str, NodeSpec] = {}
-        self._pools: dict[str, int] = {}
         self._awaited: list[asyncio.Future[None]] = []
         self._stopping = asyncio.Event()
         self._errors: list[BaseException] = []
@@ -73,8 +73,6 @@ class Supervisor:
         ready = self._awaited = []
         for spec in specs:
             self._specs[spec.name] = spec
-            if spec.pool_bytes is not None and spec.name not in self._pools:
-                self._pools[spec.name] = _make_pool(spec.name, spec.pool_bytes)
             ready.append(loop.create_future())
             self._tasks.spawn(self._keep(spec, ready[-1]))
         try:
@@ -93,9 +91,6 @@ class Supervisor:
         await self._tasks.cancel()
         # One that was being started meanwhile.
         await asyncio.gather(*(child.stop(0.0) for child in self._children.values()))
-        for fd in self._pools.values():
-            os.close(fd)
-        self._pools.clear()
 
     def kill(self) -> None:
         """Kill every process at once; ``stop`` must still be called."""
@@ -149,12 +144,18 @@ class Supervisor:
 
     async def _spawn(self, spec: NodeSpec) -> Child:
         fds = list(self._inherited)
-        if spec.name in self._pools:
+        pool_fd = None
+        if spec.pool_bytes is not None:
+            pool_fd = _make_pool(spec.name, spec.pool_bytes)
             first, *others = spec.actors
-            fds.append(self._pools[spec.name])
-            first = msgspec.structs.replace(first, config={**first.config, "pool_fd": self._pools[spec.name]})
+            fds.append(pool_fd)
+            first = msgspec.structs.replace(first, config={**first.config, "pool_fd": pool_fd})
             spec = msgspec.structs.replace(spec, actors=(first, *others))
-        child = self._children[spec.name] = await Child.start(spec, self._environment, fds)
+        try:
+            child = self._children[spec.name] = await Child.start(spec, self._environment, fds)
+        finally:
+            if pool_fd is not None:
+                os.close(pool_fd)  # The manager and whoever maps it keep it; with the last of them it is gone.
         self._change(spec, "starting")
         return child
 

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import ActorDied, AskTimeout, BusError, LinkLost, refusal_from_wire
-from .frames import Cancel, Credit, Fail
+from .frames import TELL, Cancel, Credit, Fail
 
 if TYPE_CHECKING:
     from .clock import Clock
@@ -112,6 +112,11 @@ class OpenStream(Asked):
         self._is_ended = True
         self._notify()
 
+    def cancel(self) -> None:
+        super().cancel()
+        if not self._is_ended:  # Whoever still reads would wait for ever.
+            self.fail(BusError("the stream was left: nothing more comes"))
+
     def _notify(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
@@ -138,11 +143,9 @@ class OpenStream(Asked):
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
-            self._wake = asyncio.get_running_loop().create_future()
-            try:
-                await self._wake
-            finally:
-                self._wake = None
+            # Not cleared afterwards: by the time a cancelled reader gets here, another may be waiting.
+            wake = self._wake = asyncio.get_running_loop().create_future()
+            await wake
         item = self._items.popleft()
         self._grant(1)
         return item
@@ -187,32 +190,37 @@ def leave_call(token: Any) -> None:
 
 
 class Served(Call):
-    """An ask or a stream this node serves, until its end."""
+    """A tell, an ask or a stream this node serves, until its end."""
 
-    def __init__(self, link: "Link", call_id: int, actor: str, **call: Any) -> None:
+    def __init__(self, link: "Link", call_id: int, kind: int, actor: str, **call: Any) -> None:
         super().__init__(**call)
         self.link = link
         self.id = call_id
+        self.kind = kind
         self.actor = actor
+        self.is_open = True
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.credit = 0
         self._room: asyncio.Event | None = None
 
     def finish(self) -> bool:
-        """Take this out of the link's table; return whether its end is still to be told."""
+        """Note the end and take this out of the link's table; return whether the end is still to be told."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        return self.link.served.pop(self.id, None) is not None
+        was_open, self.is_open = self.is_open, False
+        if self.link.served.get(self.id) is self:  # Tells are not in it, and their ids mean nothing.
+            del self.link.served[self.id]
+        return was_open
 
     def end(self, reason: str, fail: Fail | None = None) -> None:
         """End from outside: note why, tell the caller ``fail`` if given, cancel the handler."""
         if not self.finish():
             return
         self.ended = reason
-        if fail is not None:
-            self.link.post(fail)
+        if fail is not None and self.kind != TELL:
+            self.link.post_fail(fail)
         if self.task is not None:
             self.task.cancel()
 

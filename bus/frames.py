@@ -112,7 +112,7 @@ class Pong(Frame, frozen=True, tag=12):
 
 
 class Bye(Frame, frozen=True, tag=13):
-    """The node stops in order; nothing follows."""
+    """The node stops in order; nothing follows. Answered with Bye: all before it was heard."""
 
 
 AnyFrame = Hello | Welcome | Refused | Post | Answer | Item | End | Fail | Cancel | Credit | Ping | Pong | Bye

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .frames import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Frame, PeerInfo, encode_batch
+from .frames import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Bye, Fail, Frame, PeerInfo, encode_batch
 from .liveness import ProcessWatch
 from .transports.contract import Connection
 
 if TYPE_CHECKING:
     from .calls import Asked, Served
 
+MAX_CUT_TEXT = 1000
+"""Characters kept of the sentence of a Fail that did not encode."""
 RETRY_S = 0.002
 """A transport without room is asked again after this long."""
 
@@ -31,6 +33,7 @@ class Link:
         self.is_open = False
         """The handshake is done."""
         self.is_broken = False
+        self._has_said_bye = False
         self.asked: dict[int, Asked] = {}
         """What this node asked of the peer, until its one end."""
         self.served: dict[int, Served] = {}
@@ -62,7 +65,7 @@ class Link:
 
     def post(self, frame: Frame) -> None:
         """Queue a frame; it leaves with this loop pass's batch. Raises ValueError if it is too large to send."""
-        if self.is_broken:
+        if self.is_broken or self._has_said_bye:
             return
         data = self._encode(frame)
         if len(data) > MAX_FRAME_BYTES:
@@ -72,6 +75,14 @@ class Link:
         if self._backlog_bytes > self._max_backlog_bytes:
             self._loop.call_soon(self.on_overflow, self)
         self.schedule_flush()
+
+    def post_fail(self, fail: Fail) -> None:
+        """Queue an end. It must be told: what of it does not encode, or is too large, stays behind."""
+        try:
+            self.post(fail)
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            text = fail.text[:MAX_CUT_TEXT].encode(errors="replace").decode()
+            self.post(Fail(fail.id, fail.kind, text, fail.name))
 
     def schedule_flush(self) -> None:
         """Send what is queued at the end of this loop pass."""
@@ -128,8 +139,10 @@ class Link:
             self.connection.close()
             self.connection = None
 
-    def flush_now(self) -> None:
-        """Send what is queued without waiting for the end of the pass (orderly stop)."""
+    def say_bye(self) -> None:
+        """Send what is queued and Bye, without waiting for the end of the pass; what is posted later is dropped."""
+        self.post(Bye())
+        self._has_said_bye = True
         if self.is_open:
             self._flush()
 

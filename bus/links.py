@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("callboard.bus")
 
+BYE_S = 0.5
+"""How long a node that stops waits for its peers to have heard all it said."""
+VERDICT_S = 0.2
+"""A dying process's sockets close a moment before its pidfd tells: so long a broken link waits for its peer's fate."""
+
 
 class LinkConfig(msgspec.Struct, frozen=True):
     """Time limits and bounds of a node's links."""
@@ -51,10 +56,14 @@ class Links:
         self._config = config
         self._server = server
         self._tasks = Tasks(lambda error: log.error("in a link's task", exc_info=error))
+        self._links: dict[Link, None] = {}
+        """All that are not broken."""
         self._by_key: dict[str, Link] = {}
         self._by_connection: dict[Connection, Link] = {}
         self._host = ""
         self._pid = (0, 0)
+        self._is_stopped = False
+        self._all_left: asyncio.Future[None] | None = None
 
     def start(self) -> None:
         """Begin to watch over the links."""
@@ -64,10 +73,19 @@ class Links:
 
     async def stop(self) -> None:
         """Say goodbye on every link and close."""
-        for link in dict.fromkeys([*self._by_connection.values(), *self._by_key.values()]):
-            link.post(Bye())
-            link.flush_now()
-            self._break(link, LinkLost("the node stopped"), "stopped")
+        self._is_stopped = True
+        self._by_key.clear()
+        for link in list(self._links):
+            if link.is_open and link.connection is not None:
+                link.say_bye()
+            else:
+                self._stopped(link)
+        # ZeroMQ drops what a peer has not read yet when it hears of the end. So the peer says Bye, too, and then we go.
+        if self._links:
+            self._all_left = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._all_left], timeout=BYE_S)
+            for link in list(self._links):
+                self._stopped(link)
         await self._tasks.cancel()
         await self._node.transport.stop()
 
@@ -82,12 +100,13 @@ class Links:
         if link is None:
             link = self._new_link(address.endpoint)
             self._by_key[key] = link
-            if address.endpoint:
+            if self._is_stopped:  # A link made now would be nobody's to break, and its socket nobody's to close.
+                self._break_soon(link, "the node stopped")
+            elif address.endpoint:
                 link.dial_until = self._node.clock.now() + self._config.dial_s
                 self._dial(link)
             else:
-                error = LinkLost(f"node {address.node} is not linked and cannot be dialled")
-                asyncio.get_running_loop().call_soon(self._break, link, error, "link_lost")
+                self._break_soon(link, f"node {address.node} is not linked and cannot be dialled")
         return link
 
     def _new_link(self, endpoint: str) -> Link:
@@ -96,14 +115,20 @@ class Links:
         )
         link.on_overflow = self._overflow
         link.last_heard = self._node.clock.now()
+        self._links[link] = None
         return link
 
     def _dial(self, link: Link) -> None:
-        if not link.is_broken:
+        if link.is_broken:
+            return
+        try:
             link.connection = self._node.transport.dial(link.endpoint)
-            link.begin_numbering()
-            self._by_connection[link.connection] = link
-            link.send_now(self._info(Hello))
+        except OSError as error:
+            self._break_soon(link, str(error))
+            return
+        link.begin_numbering()
+        self._by_connection[link.connection] = link
+        link.send_now(self._info(Hello))
 
     def _info(self, kind: type[Any]) -> Frame:
         node = self._node
@@ -115,6 +140,8 @@ class Links:
     # ---- the transport's listener --------------------------------------------------------------------------------
 
     def accepted(self, connection: Connection) -> None:
+        if self._is_stopped:
+            return
         link = self._new_link("")
         link.connection = connection
         self._by_connection[connection] = link
@@ -126,20 +153,24 @@ class Links:
             return
         try:
             incarnation, sequence, frames = decode_batch(batch)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             self._turn_away(link, f"sent a batch that is none: {error}")
             return
         if not link.accepts(incarnation, sequence):
             self._turn_away(link, f"sent batch {sequence} of {incarnation} out of order")
             return
         link.last_heard = self._node.clock.now()
-        for frame in frames:
-            if link.is_broken:
-                return
-            if link.is_open:
-                self._on_frame(link, frame)
-            else:
-                self._greet(link, frame, incarnation)
+        try:
+            for frame in frames:
+                if link.is_broken:
+                    return
+                if link.is_open:
+                    self._on_frame(link, frame)
+                else:
+                    self._greet(link, frame, incarnation)
+        except Exception as error:  # A bug here. The rest of the batch is lost, and that must not go unnoticed.
+            log.exception("%s: while taking a batch of %s", self._node.name, link.name)
+            self._turn_away(link, f"sent what broke this node's bus: {error!r}")
 
     def closed(self, connection: Connection, reason: str) -> None:
         link = self._by_connection.pop(connection, None)
@@ -148,10 +179,13 @@ class Links:
         link.connection = None
         if link.peer is None and link.endpoint and self._node.clock.now() < link.dial_until:
             asyncio.get_running_loop().call_later(self._config.redial_s, self._dial, link)
-        elif link.watch is not None and link.watch.is_dead():
-            self._died(link)
+            return
+        error = LinkLost(f"the link to {link.name} broke: {reason}")
+        if link.watch is None:
+            self._break(link, error, "link_lost")
         else:
-            self._break(link, LinkLost(f"the link to {link.name} broke: {reason}"), "link_lost")
+            self._unlist(link)
+            asyncio.get_running_loop().call_later(VERDICT_S, self._break, link, error, "link_lost")
 
     # ---- frames --------------------------------------------------------------------------------------------------
 
@@ -199,7 +233,10 @@ class Links:
                 link.post(Pong())
             case Pong():
                 pass
+            case Bye() if self._is_stopped:
+                self._stopped(link)
             case Bye():
+                link.say_bye()
                 self._break(link, ActorDied(f"node {link.name} stopped"), "actor_died")
             case Refused(reason):
                 self._break(link, LinkLost(f"{link.name} cut the link: this node {reason}"), "link_lost")
@@ -217,6 +254,9 @@ class Links:
             link.send_now(Refused(what))  # Else a peer that dialled would wait for answers until its deadlines.
         self._break(link, LinkLost(f"{link.name} {what}"), "link_lost")
 
+    def _stopped(self, link: Link) -> None:
+        self._break(link, LinkLost("the node stopped"), "stopped")
+
     def _died(self, link: Link) -> None:
         self._break(link, ActorDied(f"the process of node {link.name} ended"), "actor_died")
 
@@ -230,13 +270,23 @@ class Links:
         if link.connection is not None:
             self._by_connection.pop(link.connection, None)
         link.close()
-        for key in [key for key, value in self._by_key.items() if value is link]:
-            del self._by_key[key]
+        self._links.pop(link, None)
+        if self._all_left is not None and not self._all_left.done() and not any(each.is_open for each in self._links):
+            self._all_left.set_result(None)
+        self._unlist(link)
         for asked in list(link.asked.values()):
             asked.forget()
             asked.fail(error)
         for served in list(link.served.values()):
             served.end(reason)
+
+    def _break_soon(self, link: Link, why: str) -> None:
+        # Not at once: whoever asks for the link is about to ask something over it.
+        asyncio.get_running_loop().call_soon(self._break, link, LinkLost(why), "link_lost")
+
+    def _unlist(self, link: Link) -> None:
+        for key in [key for key, value in self._by_key.items() if value is link]:
+            del self._by_key[key]
 
     async def _ping(self) -> None:
         while True:

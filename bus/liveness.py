@@ -19,10 +19,13 @@ def local_host() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks since boot (field 22 of /proc/PID/stat), None if it is gone."""
+    """Return the start time of a process in clock ticks since boot (field 22 of /proc/PID/stat), None if it is gone.
+
+    Raises OSError where that cannot be told: running out of descriptors is nobody's death.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return int(stat.rpartition(")")[2].split()[19])
 
@@ -37,34 +40,23 @@ class ProcessWatch:
     """Calls ``on_death`` once when another process of this host ends. ``close`` when it no longer matters."""
 
     def __init__(self, pid: int, pid_start: int, on_death: Callable[[], None]) -> None:
-        self.pid = pid
-        self.pid_start = pid_start
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._fd: int | None = None
         try:
             self._fd = os.pidfd_open(pid)
+            start = process_start(pid)
         except ProcessLookupError:
             self._loop.call_soon(on_death)
             return
-        except OSError:
-            return  # No pidfds here: pings remain.
-        if process_start(pid) != pid_start:
+        except (OSError, OverflowError):  # No pidfds here, no descriptors left, or no pid at all: pings remain.
+            self.close()
+            return
+        if start is not None and start != pid_start:
             self.close()
             self._loop.call_soon(on_death)
             return
         self._loop.add_reader(self._fd, self._ended)
-
-    def is_dead(self) -> bool:
-        """Return whether the process is known to have ended."""
-        start = process_start(self.pid)
-        if start != self.pid_start:
-            return True
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return True
-        return stat.rpartition(")")[2].split()[0] in "ZX"
 
     def _ended(self) -> None:
         self.close()

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from .errors import NotUnderstood
+from .frames import ASK, STREAM, TELL
 from .messages import Ask, Stream, Tell
 
 
@@ -24,8 +25,9 @@ class Handler:
     """A bound method and how to run it."""
 
     call: Callable[[Any], Any]
+    kind: int
+    """TELL, ASK or STREAM"""
     is_coroutine: bool
-    is_stream: bool
 
 
 class Mailbox:
@@ -58,7 +60,8 @@ class Mailbox:
         is_stream = inspect.isasyncgenfunction(method)
         if is_stream != issubclass(message, Stream):
             raise TypeError(f"{where}: a Stream is served by an async generator, and only a Stream is")
-        self.handlers[message] = Handler(method, inspect.iscoroutinefunction(method), is_stream)
+        kind = STREAM if is_stream else ASK if issubclass(message, Ask) else TELL
+        self.handlers[message] = Handler(method, kind, inspect.iscoroutinefunction(method))
 
     def open(self, body: Any) -> tuple[Any, Handler]:
         """Return the message in ``body`` and its handler. Raises NotUnderstood."""
@@ -67,7 +70,7 @@ class Mailbox:
                 raise NotUnderstood(actor=self.name, reason="it takes no messages")
             try:
                 message = self._decode(body)
-            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+            except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
                 raise NotUnderstood(actor=self.name, reason=str(error)) from None
             return message, self.handlers[type(message)]
         handler = self.handlers.get(type(body))

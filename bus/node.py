@@ -77,6 +77,7 @@ class Node:
         self._server = Server(self)
         self._links = Links(self, self._encode, links or LinkConfig(), self._server)
         self._local: LocalLink | None = None
+        self._is_stopping = False
         self._decoders: dict[type, Any] = {}
 
     async def __aenter__(self) -> Self:
@@ -90,8 +91,9 @@ class Node:
 
     async def stop(self) -> None:
         """End all that is served and asked, tell the peers, and close. A repeat does nothing."""
-        if self._local is None:
+        if self._local is None or self._is_stopping:
             return
+        self._is_stopping = True
         for name in self._server.names():
             self.remove(name)
         await asyncio.sleep(0)
@@ -162,9 +164,9 @@ class Node:
 
     async def send_ask(self, to: Address, message: Message, timeout: float | None) -> Any:
         """See Ref.ask."""
-        link = self._link(to)
-        pending = PendingAsk(link, self._decoder(type(message)))
-        self._start(pending, to, message, ASK, self._timeout(timeout), 0)
+        seconds = self._timeout(timeout)
+        pending = PendingAsk(self._link(to), self._decoder(type(message)))
+        self._start(pending, to, message, ASK, seconds, 0)
         try:
             return await pending.future
         finally:
@@ -175,9 +177,9 @@ class Node:
         self, to: Address, message: Message, timeout: float | None, credit: int
     ) -> AsyncIterator[Items[Any]]:
         """See Ref.stream."""
-        link = self._link(to)
-        stream = OpenStream(link, self._decoder(type(message)), credit)
-        self._start(stream, to, message, STREAM, self._timeout(timeout), credit)
+        seconds = self._timeout(timeout)
+        stream = OpenStream(self._link(to), self._decoder(type(message)), credit)
+        self._start(stream, to, message, STREAM, seconds, credit)
         try:
             yield stream
         finally:
@@ -215,6 +217,8 @@ class Node:
 
     @staticmethod
     def _timeout(timeout: float | None) -> float:
+        if timeout != timeout:
+            raise ValueError("a timeout must be a number")
         call = current_call()
         remaining = FOREVER if call is None else call.remaining_s()
         if timeout is None:

@@ -64,7 +64,7 @@ class Server:
             if asked is not None:
                 try:
                     asked.answer(frame.body)  # type: ignore[attr-defined]
-                except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
                     asked.cancel()
                     asked.fail(NotUnderstood(actor=self._node.name, reason=f"an answer from {link.name}: {error}"))
         elif kind is Post:
@@ -93,6 +93,8 @@ class Server:
             if mailbox is None:
                 raise UnknownActor(actor=post.actor, node=self._node.name)
             message, handler = mailbox.open(post.body)
+            if post.kind != handler.kind or post.id in link.served or post.timeout != post.timeout:  # The last: NaN.
+                raise NotUnderstood(actor=post.actor, reason="it was sent as what it is not")
         except Refusal as error:
             self._refuse(link, post, error)
             return
@@ -102,6 +104,7 @@ class Server:
         served = Served(
             link,
             post.id,
+            post.kind,
             post.actor,
             clock=self._node.clock,
             caller=self._node.name if link.peer is None else link.peer.node,
@@ -112,15 +115,12 @@ class Server:
         if post.kind == TELL:
             self._run_tell(served, handler, message)
             return
-        if post.id in link.served or handler.is_stream != (post.kind == STREAM):
-            self._refuse(link, post, NotUnderstood(actor=post.actor, reason="sent as another kind than it is"))
-            return
         if post.kind == ASK and not handler.is_coroutine:
             self._run_inline(served, handler, message)
             return
         link.served[post.id] = served
         served.credit = max(1, post.credit)
-        self._spawn(served, (self._run_stream if handler.is_stream else self._run_ask)(served, handler, message))
+        self._spawn(served, (self._run_stream if post.kind == STREAM else self._run_ask)(served, handler, message))
         if post.timeout is not None and post.timeout != FOREVER:
             served.timer = asyncio.get_running_loop().call_later(post.timeout, self._expire, served)
 
@@ -129,7 +129,7 @@ class Server:
         if post.kind == TELL:
             log.warning("%s: a message from %s was refused: %s", self._node.name, link.name, error)
         else:
-            link.post(_refusal(post.id, error))
+            link.post_fail(_refusal(post.id, error))
 
     def _expire(self, served: Served) -> None:
         served.end("timeout", Fail(served.id, "timeout", f"{served.actor} ran out of time"))
@@ -168,14 +168,16 @@ class Server:
         try:
             await handler.call(message)
         except Exception as error:
+            served.finish()
             self._failed(served, error, answer=False)
 
     async def _run_ask(self, served: Served, handler: Handler, message: Any) -> None:
         enter_call(served)
         try:
             answer = await handler.call(message)
-            if served.finish():
-                served.link.post(Answer(served.id, answer))
+            if served.is_open:
+                served.link.post(Answer(served.id, answer))  # It may not encode: then the end is still to be told.
+                served.finish()
         except asyncio.CancelledError:
             if served.finish():
                 served.link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the call"))
@@ -188,6 +190,8 @@ class Server:
         link = served.link
         try:
             async for item in items:
+                if not served.is_open:  # It goes on after its cancellation: nobody gives it credit any more.
+                    break
                 if served.credit <= 0:
                     await served.has_credit()
                 served.credit -= 1
@@ -219,11 +223,11 @@ class Server:
         else:
             fail = Fail(served.id, "actor_died", f"{where} crashed: {type(error).__name__}: {error}")
             if answer:
-                served.link.post(fail)
+                served.link.post_fail(fail)
             self._node.crash(served.actor, error)
             return
         if answer:
-            served.link.post(fail)
+            served.link.post_fail(fail)
         else:
             log.warning("%s: a handler ended with an error nobody waits for: %r", where, error)
 

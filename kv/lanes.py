@@ -8,12 +8,17 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from .layout import SlotRun
 from .page_store import PageStore, copy_slots
 from .pool_socket import fetch_pool
 from .slots import SlotCopy
 
 INPROC = "inproc:"
 """Prefix of the path of a pool that is found in the node's exchange instead of behind a socket."""
+
+
+class LaneClosed(Exception):
+    """The peer's pool is given up: what is written now would be of use to nobody, and may be somebody else's."""
 
 
 class Lane(Protocol):
@@ -24,14 +29,15 @@ class Lane(Protocol):
     async def write(self, source: PageStore, copies: Sequence[SlotCopy], layers: range) -> int:
         """Write slots of a group of layers from ``source``; return the bytes moved, once they are in place.
 
-        When it is cancelled, it returns only after the last byte that it will ever write.
+        When it is cancelled, it returns only after the last byte that it will ever write. Raises LaneClosed when
+        the lane is closed meanwhile.
         """
 
-    def fits(self, copies: Sequence[SlotCopy]) -> bool:
-        """Return whether the peer's pool has all the slots that these copies go to."""
+    def fits(self, runs: Sequence[SlotRun]) -> bool:
+        """Return whether the peer's pool has all these slots."""
 
     def close(self) -> None:
-        """Give up what the lane holds. A repeat does nothing."""
+        """Give up what the lane holds, also under a write. A repeat does nothing."""
 
 
 class MappedLane:
@@ -41,19 +47,25 @@ class MappedLane:
         self.name = name
         self._target = target
         self._is_owner = is_owner
+        self._is_closed = False
 
     async def write(self, source: PageStore, copies: Sequence[SlotCopy], layers: range) -> int:
         # On the loop, in pieces: a thread would hold the interpreter's lock just as long, and could not be stopped.
         num_bytes = 0
-        for moved in copy_slots(source, self._target, copies, layers):
+        pieces = copy_slots(source, self._target, copies, layers)
+        while not self._is_closed and not self._target.is_closed:
+            moved = next(pieces, None)
+            if moved is None:
+                return num_bytes
             num_bytes += moved
             await asyncio.sleep(0)
-        return num_bytes
+        raise LaneClosed
 
-    def fits(self, copies: Sequence[SlotCopy]) -> bool:
-        return all(0 <= copy.target <= self._target.num_slots - copy.count for copy in copies)
+    def fits(self, runs: Sequence[SlotRun]) -> bool:
+        return all(0 <= run.slot <= self._target.num_slots - run.count and run.count > 0 for run in runs)
 
     def close(self) -> None:
+        self._is_closed = True
         if self._is_owner:
             self._target.close()
 

@@ -27,6 +27,7 @@ class PageStore:
         self.layout = layout
         self.num_blocks = num_blocks
         self.fd = fd
+        self.is_closed = False
         self.view = memoryview(memory)
         self._memory = memory
         self._half_bytes = num_blocks * layout.block_size * layout.slot_bytes
@@ -75,6 +76,7 @@ class PageStore:
 
     def close(self) -> None:
         """Give up the mapping and the fd. A repeat does nothing. Slices and tensors of it that are left keep it."""
+        self.is_closed = True
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

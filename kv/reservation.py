@@ -53,6 +53,7 @@ class Reservation:
         self.writes: dict[str, Write] = {}
         self.written: list[tuple[int, int]] = []
         """What is in place: disjoint ranges, ascending, none adjacent."""
+        self._closed: dict[str, None] = {}
         self._left_as = State.RELEASED
 
     @property
@@ -71,6 +72,9 @@ class Reservation:
         Raises StaleReservation, BadRange.
         """
         self.require_open()
+        if write_id in self._closed:
+            # The two came over different links: let in now, the writer would never be heard of again.
+            raise StaleReservation(reservation_id=self.id, reason="this write has been closed already")
         if write_id in self.writes:
             return
         if not self.begin <= begin < end <= self.end:
@@ -87,6 +91,7 @@ class Reservation:
 
         Raises StaleReservation if the write was complete but came too late to be of use; it is closed all the same.
         """
+        self._closed[write_id] = None
         write = self.writes.pop(write_id, None)
         if write is None:
             return

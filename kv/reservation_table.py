@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .allocator import Allocator
-from .layout import BadRange, StaleReservation
+from .layout import BadRange, OutOfBlocks, StaleReservation
 from .reservation import Reservation, State
 from .slots import resolve_range
 from .tokens import TOKEN_BYTES, num_tokens
+
+Key = tuple[str | int, ...]
+"""Who asked for a reservation, and for what: a repeat has the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +21,19 @@ class Held:
     when the reservation is adopted, requests that each hold a part of the pool could wait for each other for ever.
     """
 
-    key: tuple[str, int]
+    key: Key
     reservation: Reservation
     prompt: bytes
     block_table: tuple[int, ...]
     num_cached_tokens: int
+
+
+UNFILLED_SHARE = 0.5
+"""The most of a pool that reservations with KV still to come may hold, unless there is only one of them.
+
+Each of them waits for an engine, which may need blocks of this very pool to compute what was promised: if they held
+all of it, or those of two pools that send to each other did, everybody would wait for everybody.
+"""
 
 
 class ReservationTable:
@@ -33,7 +44,7 @@ class ReservationTable:
         self._allocator = allocator
         self._new_id = new_id
         self._held: dict[str, Held] = {}
-        self._by_key: dict[tuple[str, int], str] = {}
+        self._by_key: dict[Key, str] = {}
         self._awaited: dict[str, int] = {}
         self._tied: dict[str, int] = {}
 
@@ -52,7 +63,7 @@ class ReservationTable:
         held = self._held.get(reservation_id)
         return held is None or held.reservation.state not in (State.RESERVED, State.WRITING)
 
-    def reserve(self, key: tuple[str, int], prompt: bytes, end: int | None, *, now: float) -> Held:
+    def reserve(self, key: Key, prompt: bytes, end: int | None, *, now: float) -> Held:
         """Reserve room for what ``prompt[:end]`` lacks. A repeat of a live ``key`` renews the lease.
 
         Raises OutOfBlocks, BadRange.
@@ -66,7 +77,10 @@ class ReservationTable:
             held.reservation.expires_at = now + self.lease_s
             return held
         match = self._allocator.cache.match(prompt)
-        table = self._allocator.take(match.blocks, self._allocator.blocks_for(num_tokens(prompt)))
+        total = self._allocator.blocks_for(num_tokens(prompt))
+        if match.num_tokens < last:
+            self._require_share(total)
+        table = self._allocator.take(match.blocks, total)
         reservation = Reservation(
             self._new_id(), begin=min(match.num_tokens, last), end=last, expires_at=now + self.lease_s
         )
@@ -171,6 +185,13 @@ class ReservationTable:
         problems = [f"key {key} is of no reservation" for key, i in self._by_key.items() if i not in self._held]
         problems += [f"{i} is over, but held" for i, held in self._held.items() if held.reservation.is_over]
         return problems
+
+    def _require_share(self, total: int) -> None:
+        """Raise OutOfBlocks if reservations with KV still to come would hold too much of the pool."""
+        unfilled = sum(len(held.block_table) for i, held in self._held.items() if not self.is_settled(i))
+        most = int(UNFILLED_SHARE * self._allocator.pool.num_blocks)
+        if unfilled and unfilled + total > most:
+            raise OutOfBlocks(needed=total, free=max(0, most - unfilled))
 
     def _settle(self, held: Held, *, was_sealed: bool = True) -> None:
         """Do what a reservation's new state asks for: cache what was sealed, give back what is over."""

@@ -17,6 +17,7 @@ from callboard.actors.protocol import Entry, Generate, GetSubRequests, SubReques
 from callboard.actors.registration import DirectoryView, Registration
 from callboard.bus import BusError, current_call
 from callboard.bus.liveness import own_pid
+from callboard.kv.layout import BadRange
 
 from .attempt import GONE, Attempt
 from .deadline import Deadline
@@ -49,7 +50,7 @@ class RouterActor(Actor):
         options: dict[str, Any] = {}
         deadline_s: float = 120.0
         max_queue: int = 256
-        patience_s: float = 5.0
+        patience_s: float = 15.0
         """How long a request waits for an engine that is starting, or for another one after a death."""
         keep: int = NUM_REQUESTS
         """Requests whose sub-requests stay inspectable."""
@@ -150,7 +151,7 @@ class RouterActor(Actor):
             if not is_finished:
                 what = f"ended after {position} tokens, none of which was the last" if position else "yielded nothing"
                 raise _broke_rule(script, f"route {what}", "Yield every token of start_generate, to its end")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # A script's exit() ends its request, not the fleet.
             verdict = self._verdict(script, fleet, request, error)
             if verdict is error:
                 raise
@@ -158,19 +159,19 @@ class RouterActor(Actor):
         finally:
             await self._close(script, route, attempt)
 
-    def _verdict(self, script: Script, fleet: Fleet, request: Request, error: Exception) -> Exception:
+    def _verdict(self, script: Script, fleet: Fleet, request: Request, error: Exception | SystemExit) -> Exception:
         """Return what a failure of the script is to its client."""
         cause = _first_cause(error)
         if isinstance(cause, NoEngine):
             return cause
-        if isinstance(cause, BusError) and not isinstance(cause, ScriptError):
+        if isinstance(cause, BusError) and not isinstance(cause, ScriptError | BadRange):
             return cause
         if fleet.lacking is not None and isinstance(cause, EMPTY):
             return fleet.no_engine(fleet.lacking)
         log.error("request %s: script %s failed", request.id, script.path, exc_info=error)
         if isinstance(cause, ScriptError):
             return cause
-        reason = f"route raised {type(cause).__name__}: {cause}"
+        reason = str(cause) if isinstance(cause, BadRange) else f"route raised {type(cause).__name__}: {cause}"
         return ScriptError(file=script.path, line=line_in(script.path, cause), reason=reason, remedy="")
 
     async def _close(self, script: Script, route: Any, attempt: Attempt) -> None:
@@ -198,7 +199,7 @@ def _broke_rule(script: Script, reason: str, remedy: str) -> ScriptError:
     return ScriptError(file=script.path, line=None, reason=reason, remedy=remedy)
 
 
-def _first_cause(error: Exception) -> Exception:
+def _first_cause(error: Exception | SystemExit) -> Exception | SystemExit:
     """Return the error that counts: of several raised together, the first from the bus."""
     if not isinstance(error, ExceptionGroup):
         return error

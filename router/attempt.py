@@ -44,6 +44,8 @@ class Attempt:
         self.node = router.node
         self.request = request
         self.loads = loads
+        self.num_computed_tokens = 0
+        """Prompt tokens that were computed on engines that sent them on."""
         self._router = router
         self._spans = spans
         self._is_closed = False

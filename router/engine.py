@@ -65,7 +65,8 @@ class Engine:
         """
         end_token = request.bound(end, default=request.num_tokens)
         self.pick()
-        message = PrepRecv(request.id, request.attempt, request.packed_prompt, end_token, _wait_s(request))
+        prompt, wait_s = request.packed_prompt, _wait_s(request)
+        message = PrepRecv(request.id, request.attempt, prompt, end_token, wait_s, self.name)
         return PrepRecvCall(self.entry, self._attempt, message)
 
     async def remote_send(
@@ -96,6 +97,7 @@ class Engine:
                 "num_computed_tokens": sent.num_computed_tokens,
                 "num_reused_tokens": sent.num_reused_tokens,
             }
+        self._attempt.num_computed_tokens += sent.num_computed_tokens
         return sent
 
     def start_generate(self, request: Request, begin: int | None = None, kv: Reserved | None = None) -> Generation:

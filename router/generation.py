@@ -4,7 +4,9 @@ import sys
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
-from callboard.actors.protocol import Entry, StartGenerate, Token
+import msgspec
+
+from callboard.actors.protocol import Entry, StartGenerate, Token, Usage
 
 from .attempt import Attempt, Span
 
@@ -45,9 +47,10 @@ class Generation:
         if self._unadopted is not None:
             self._attempt.adopted(self._unadopted)
             self._unadopted = None
-        if token.finish_reason is not None:
-            self._note_usage(token)
-        return token
+        if token.finish_reason is None:
+            return token
+        self._note_usage(token)
+        return msgspec.structs.replace(token, usage=self._usage_of_request(token.usage))
 
     async def aclose(self) -> None:
         """End the generation on its engine. A repeat does nothing."""
@@ -69,6 +72,17 @@ class Generation:
             self._message, timeout=self._attempt.request.deadline
         )
         self._items = await self._scope.enter_async_context(stream)
+
+    def _usage_of_request(self, usage: Usage | None) -> Usage | None:
+        """Return what the whole request cost: KV that was computed elsewhere and sent here was not cached."""
+        num_sent = self._attempt.num_computed_tokens
+        if usage is None or not num_sent:
+            return usage
+        return msgspec.structs.replace(
+            usage,
+            num_cached_tokens=max(0, usage.num_cached_tokens - num_sent),
+            num_computed_tokens=usage.num_computed_tokens + num_sent,
+        )
 
     def _note_usage(self, token: Token) -> None:
         assert self._span is not None

@@ -91,7 +91,7 @@ def _run(path: Path, source: bytes, version: str) -> types.ModuleType:
     except SyntaxError as error:
         line, remedy = error.lineno, f"Correct it: {error.text.strip()!r}" if error.text else ""
         raise ScriptError(file=str(path), line=line, reason=f"syntax error: {error.msg}", remedy=remedy) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"it fails while it is loaded: {type(error).__name__}: {error}"
         remedy = "Only definitions and imports belong outside of route"
         raise ScriptError(file=str(path), line=line_in(str(path), error), reason=reason, remedy=remedy) from error

@@ -120,22 +120,28 @@ async def running_fleet(
     clock: Clock | None = None,
     seed: int = 0,
     lease_s: float = 10.0,
+    is_shared: bool = False,
     **engine_options: Any,
 ) -> AsyncIterator[Fleet]:
-    """Start directory, router, and an engine with a KV manager of its own per name (p...: prefill, d...: decode)."""
+    """Start directory, router, and an engine per name (p...: prefill, d...: decode, others: both).
+
+    Each engine has a KV manager of its own, ``kv-NAME``; with ``is_shared`` all of them share ``kv``, as on one device.
+    """
     async with AsyncExitStack() as stack:
         fleet = Fleet(hub or InprocHub(), stack, clock, seed)
         fleet.client = await fleet.node("client")
         control = await fleet.node("control")
         directory = await fleet.start(control, "directory", Directory(), None)
         for name in engines:
-            kv_node = await fleet.node(f"kv-{name}")
-            manager = KvManager(
-                KvManager.Config(name=f"kv-{name}", layout=layout, num_blocks=num_blocks, device="cpu", lease_s=lease_s)
-            )
-            own_directory = kv_node.ref(directory.address)
-            ref = await fleet.start(kv_node, f"kv-{name}", manager, own_directory)
-            fleet.managers[f"kv-{name}"] = ref
+            kv_name = "kv" if is_shared else f"kv-{name}"
+            if kv_name not in fleet.managers:
+                kv_node = await fleet.node(kv_name)
+                manager = KvManager(
+                    KvManager.Config(name=kv_name, layout=layout, num_blocks=num_blocks, device="cpu", lease_s=lease_s)
+                )
+                own_directory = kv_node.ref(directory.address)
+                fleet.managers[kv_name] = await fleet.start(kv_node, kv_name, manager, own_directory)
+            ref = fleet.managers[kv_name]
             engine_node = await fleet.node(name)
             config = Engine.Config(
                 name=name,

@@ -1,8 +1,10 @@
 """What the README shows works as it stands there."""
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +58,23 @@ def test_the_ping_actor_starts_from_a_fleet_file(tmp_path: Path) -> None:
     (tmp_path / "ping.py").write_text(block("python", "class Ping(Actor)"))
     text = default_fleet() + block("toml", "[[actor]]")
     check_fleet(decode_fleet_file(text, source="README", base=tmp_path))
+
+
+def test_the_ping_actor_is_asked_from_another_process(tmp_path: Path) -> None:
+    (tmp_path / "ping.py").write_text(block("python", "class Ping(Actor)"))
+    (tmp_path / "fleet.toml").write_text(block("toml", "[[actor]]"))
+    with tempfile.TemporaryDirectory(prefix="cbt", dir="/tmp") as runtime:  # Unix sockets want short paths.
+        source = block("python", "# ask_ping.py").replace("/tmp/callboard-1000", f"{runtime}/callboard")
+        (tmp_path / "ask_ping.py").write_text(source)
+        env = {**os.environ, "XDG_RUNTIME_DIR": runtime}
+        cli = [sys.executable, "-m", "callboard.tools.cli"]
+        subprocess.run([*cli, "up", "fleet.toml", "--detach"], cwd=tmp_path, env=env, check=True, timeout=60)
+        try:
+            command = [sys.executable, "ask_ping.py"]
+            asked = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        finally:
+            subprocess.run([*cli, "down"], env=env, check=True, timeout=60)
+    assert (asked.stdout, asked.stderr) == ("good day to you\n", "")
 
 
 def test_the_bus_is_a_plain_library(tmp_path: Path) -> None:

@@ -91,14 +91,15 @@ def stream_chat(url: str, body: dict[str, Any], *, api_key: str | None) -> Itera
     """Yield the pieces of a streamed chat completion. Raises CliError with the server's own sentence."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
     try:
         with (
             httpx.Client(timeout=httpx.Timeout(600.0, connect=5.0), trust_env=False) as client,
             client.stream("POST", f"{url}/chat/completions", json=body, headers=headers) as response,
         ):
             if response.status_code != 200:
-                raise CliError(_sentence(response.status_code, response.read()))
+                hint = "" if response.status_code != 401 or api_key else " Put the key into OPENAI_API_KEY."
+                raise CliError(_sentence(response.status_code, response.read()) + hint)
             for line in response.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield from _pieces(json.loads(line.removeprefix("data: ")))

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
     chat = command(
         "chat",
         "talk to a running fleet",
-        'callboard chat\ncallboard chat "Who are you?"\ncat question.txt | callboard chat',
+        'callboard chat\ncallboard chat "Who are you?"\ncat question.txt | callboard chat\n'
+        "OPENAI_API_KEY=... callboard chat    where the fleet wants a key",
         "chat:run",
     )
     chat.add_argument("question", nargs="*", metavar="QUESTION", help="ask this one question and leave")
@@ -69,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--model", metavar="NAME", help="the model to ask, by default the fleet's first")
     chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     chat.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default 512)")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    chat.add_argument("--temperature", type=_finite, default=0.0, metavar="T", help="0 is greedy (default)")
     chat.add_argument(
         "--url", metavar="URL", help="another OpenAI endpoint, such as http://HOST:8000/v1 (with --model)"
     )
@@ -105,6 +107,16 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("file", metavar="FILE", nargs="?", default="fleet.toml", help="by default fleet.toml")
     init.add_argument("--force", action="store_true", help="overwrite an existing file")
     return top
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f'"{text}" is no number: give for example 0.7')
+    return number
 
 
 def _fleet_option(command: argparse.ArgumentParser) -> None:

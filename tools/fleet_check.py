@@ -12,12 +12,14 @@ from callboard.router.errors import ScriptError
 from callboard.router.script import SHIPPED, load_script, shipped_scripts
 from callboard.router.spans import NUM_REQUESTS
 
+from .api_keys import read_api_keys
 from .fleet_file import Engine, FleetFile, Problem, Restart
 from .machine import split_address
 from .toml_lines import Path as KeyPath
 from .units import parse_duration, parse_size
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+NAME_RULE = 'use letters, digits, ".", "-" and "_", at most 40'
 RESERVED = ("control", "directory", "frontend", "launcher")
 
 
@@ -61,9 +63,8 @@ def _listen(file: FleetFile) -> Iterator[Problem]:
     yield from _attempt(("listen", "http"), split_address, listen.http)
     if listen.bus != "ipc":
         yield Problem(("listen", "bus"), f'bus = "{listen.bus}" is not supported by this version: write bus = "ipc"')
-    if listen.api_keys is not None and not (file.base / listen.api_keys).is_file():
-        path = file.base / listen.api_keys
-        yield Problem(("listen", "api_keys"), f"there is no file {path}: write one API key per line into it")
+    if listen.api_keys is not None:
+        yield from _attempt(("listen", "api_keys"), read_api_keys, file.base / Path(listen.api_keys).expanduser())
 
 
 def _models(file: FleetFile) -> Iterator[Problem]:
@@ -95,8 +96,8 @@ def _positive_duration(path: KeyPath, value: str | float) -> Iterator[Problem]:
 def _names(file: FleetFile) -> Iterator[Problem]:
     fleet = file.fleet
     named: list[tuple[str, KeyPath]] = [("", ("name",))]
-    if _NAME.fullmatch(fleet.name) is None:
-        yield Problem(("name",), f'"{fleet.name}" is no name: use letters, digits, ".", "-" and "_", at most 40')
+    if NAME.fullmatch(fleet.name) is None:
+        yield Problem(("name",), f'"{fleet.name}" is no name: {NAME_RULE}')
     for index, engine in enumerate(fleet.engine):
         named += [(name, ("engine", index, "name")) for name in engine_names(engine)[:1000]]
     named += [(router.name, ("router", index, "name")) for index, router in enumerate(fleet.router)]
@@ -105,8 +106,8 @@ def _names(file: FleetFile) -> Iterator[Problem]:
     for device in {engine.device: None for engine in fleet.engine}:
         taken[manager_name(device)] = f"the KV manager of {device} has that name"
     for name, path in named[1:]:
-        if _NAME.fullmatch(name) is None:
-            yield Problem(path, f'"{name}" is no name: use letters, digits, ".", "-" and "_", at most 40')
+        if NAME.fullmatch(name) is None:
+            yield Problem(path, f'"{name}" is no name: {NAME_RULE}')
         elif name in taken:
             yield Problem(path, f'the name "{name}" is taken: {taken[name]}; give this one another name')
         where = file.lines.line_of(path)
@@ -176,9 +177,10 @@ def _routers(file: FleetFile) -> Iterator[Problem]:
         yield from _at_least((*path, "max_queue"), router.max_queue, 1)
         script = script_path(file, router.script)
         if script is None:
-            known = ", ".join(shipped_scripts()) or "none"
+            near = difflib.get_close_matches(router.script, shipped_scripts(), n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"shipped are {', '.join(shipped_scripts())}"
             wanted = file.base / router.script
-            yield Problem((*path, "script"), f"there is no router script {wanted}: shipped are {known}")
+            yield Problem((*path, "script"), f"there is no router script {wanted}: {hint}")
             continue
         try:
             load_script(str(script), router.options)

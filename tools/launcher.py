@@ -95,7 +95,8 @@ class Launcher:
             if plan.url is not None:
                 await self._wait_until_healthy(plan.url, supervisor)
             self._write(state="ready")
-            started = Started(self._file.fleet.name, pid, plan.url, plan.models, self._is_detached)
+            keys = self._file.fleet.listen.api_keys
+            started = Started(self._file.fleet.name, pid, plan.url, plan.models, self._is_detached, keys)
             self._show(Event("ready", started=started))
             await supervisor.fatal.wait()
             raise self._why_it_ended(plan, supervisor)
@@ -103,6 +104,7 @@ class Launcher:
             raise StartFailed(str(error) + ("" if error.has_said_why else self._tail(error.name))) from None
         finally:
             self._write(state="stopping")
+            self._show(Event("step", "stopping"))
             await supervisor.stop()
 
     async def _plan(self) -> Plan:

@@ -12,6 +12,7 @@ from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPol
 from callboard.bus import Address
 from callboard.kv.layout import DTYPE_BYTES
 
+from .api_keys import read_api_keys
 from .errors import FleetFileError
 from .fleet_check import engine_names, manager_name, model_of, script_path
 from .fleet_file import Engine, FleetFile, Problem, Restart, Router
@@ -276,17 +277,22 @@ class Planner:
 
     def _frontend(self, router: str) -> ActorSpec:
         host, _ = split_address(self.fleet.listen.http)
-        served = dict.fromkeys(self._model(engine) for engine in self.fleet.engine)
+        roles: dict[str, set[str]] = {}
+        for engine in self.fleet.engine:
+            roles.setdefault(self._model(engine), set()).update(engine.roles)
         config = {
             "name": "frontend",
             "host": host,
             "port": self.port,
             "router": msgspec.to_builtins(self.address("control", router)),
-            "models": {name: {"path": str(self.models[name]), "max_model_len": self.max_lens[name]} for name in served},
+            "models": {
+                name: {"path": str(self.models[name]), "max_model_len": self.max_lens[name], "roles": sorted(needed)}
+                for name, needed in roles.items()
+            },
         }
         if self.fleet.listen.api_keys is not None:
-            lines = (self.file.base / self.fleet.listen.api_keys).read_text().split()
-            config["api_keys"] = list(dict.fromkeys(lines))
+            path = self.file.base / Path(self.fleet.listen.api_keys).expanduser()
+            config["api_keys"] = list(read_api_keys(path))
         return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
 
 

@@ -19,6 +19,8 @@ class Started(msgspec.Struct, frozen=True):
     url: str | None
     models: tuple[str, ...]
     is_detached: bool = False
+    api_keys: str | None = None
+    """The file of keys, where a client needs one."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -78,10 +80,13 @@ class RichShow:
         self._status.stop()
 
     def __call__(self, event: Event) -> None:
+        from rich.markup import escape
+
         if event.kind == "step":
-            self._status.update(event.text)
+            self._status.update(escape(event.text))
+            self._status.start()
         elif event.kind == "warning":
-            self._console.print(f"[yellow]![/] {event.text}", markup=True)
+            self._console.print(f"[yellow]![/] {escape(event.text)}", markup=True)
         elif event.node is not None:
             self._node(event.node)
         elif event.kind in ("ready", "failed"):
@@ -115,13 +120,13 @@ def describe_started(started: Started) -> str:
         model = started.models[0]
         question = '[{"role": "user", "content": "What is the capital of France?"}]'
         body = f'{{"model": "{model}", "temperature": 0, "messages": {question}}}'
-        lines += [
-            f"  URL     {started.url}/v1",
-            f"  model   {', '.join(started.models)}",
-            "",
-            f"curl -s {started.url}/v1/chat/completions -H 'Content-Type: application/json' \\",
-            f"  -d '{body}'",
-        ]
+        lines += [f"  URL     {started.url}/v1", f"  model   {', '.join(started.models)}"]
+        key = ""
+        if started.api_keys is not None:
+            lines.append(f"  key     a line of {started.api_keys}, in OPENAI_API_KEY")
+            key = ' -H "Authorization: Bearer $OPENAI_API_KEY"'
+        lines += ["", f"curl -s {started.url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\"]
+        lines.append(f"  -d '{body}'")
     lines += ["", "Try next:"]
     hints = [(f"callboard ps{fleet}", "who is there, and how busy")]
     if started.url is not None:

@@ -107,6 +107,7 @@ def _absent(node: NodeState) -> Row:
 
 def _print(fleet: FleetRows) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, width=WIDTH)
@@ -116,13 +117,13 @@ def _print(fleet: FleetRows) -> None:
     for title in ("NAME", "KIND", "ROLES", "MODEL", "STATE", "PID", "LOAD", "BLOCKS", "ADDRESS"):
         table.add_column(title, justify="right" if title in ("PID", "LOAD", "BLOCKS") else "left", no_wrap=True)
     for row in fleet.actors:
-        state = row.state + (f" ({row.num_restarts} restarts)" if row.num_restarts else "")
+        state = row.state + (f" ({row.num_restarts} restart{'s' * (row.num_restarts > 1)})" if row.num_restarts else "")
         color = "green" if row.state == "ready" else "red" if row.state == "failed" else "yellow"
         table.add_row(
             row.name,
             row.kind,
             "+".join(row.roles),
-            row.model,
+            escape(row.model),
             f"[{color}]{state}[/]",
             str(row.pid or ""),
             "" if row.num_running is None else f"{row.num_running}/{row.num_waiting}",

@@ -74,6 +74,7 @@ def _part(item: SubRequest, begin: float) -> Part:
 def print_parts(parts: list[Part]) -> None:
     """Print a request's sub-requests as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, width=WIDTH)
@@ -91,7 +92,7 @@ def print_parts(parts: list[Part]) -> None:
             format_size(part.num_bytes),
             part.lane,
         ]
-        cells += [str(part.num_computed_tokens), str(part.num_reused_tokens), part.error]
+        cells += [str(part.num_computed_tokens), str(part.num_reused_tokens), escape(part.error)]
         table.add_row(*cells[: len(table.columns)])
     console.print(f"Request {parts[0].request_id}", markup=False)
     console.print(table)

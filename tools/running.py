@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from callboard.actors.run_dir import clear_run_dir, is_locked, try_lock
+from callboard.actors.run_dir import clear_run_dir, is_locked, remove_run_dir, try_lock
 from callboard.actors.supervisor import NodeState
 from callboard.bus import Address
 from callboard.bus.liveness import process_start
@@ -82,9 +82,16 @@ def write_state(folder: Path, state: FleetState) -> None:
 
 
 def running_fleets() -> list[RunningFleet]:
-    """Return all fleets of this user that run, by name."""
+    """Return all fleets of this user that run, by name. What a launcher left that was killed alone is removed."""
     folders = sorted(path for path in runtime_root().iterdir() if path.is_dir())
-    return [RunningFleet(folder, state) for folder in folders if (state := read_state(folder)) is not None]
+    found = []
+    for folder in folders:
+        if (state := read_state(folder)) is not None:
+            found.append(RunningFleet(folder, state))
+        elif (lock := try_lock(folder)) is not None:
+            remove_run_dir(folder)
+            os.close(lock)
+    return found
 
 
 def find_fleet(name: str | None) -> RunningFleet:

@@ -12,7 +12,7 @@ import msgspec
 
 from .default_fleet import default_fleet
 from .errors import CliError, StartFailed
-from .fleet_check import check_fleet
+from .fleet_check import NAME, NAME_RULE, check_fleet
 from .fleet_file import FleetFile, decode_fleet_file, load_fleet_file
 from .launcher import Launcher
 from .machine import split_address
@@ -41,6 +41,8 @@ def load(path: str | None, *, name: str | None, port: int | None) -> FleetFile:
         file = load_fleet_file(Path(path))
     fleet = file.fleet
     if name is not None:
+        if NAME.fullmatch(name) is None:
+            raise CliError(f'--name "{name}" is no name: {NAME_RULE}')
         fleet = msgspec.structs.replace(fleet, name=name)
     if port is not None:
         host = fleet.listen.http.rpartition(":")[0]
@@ -78,7 +80,6 @@ def _run_daemon(file: FleetFile, fd: int) -> int:
         return asyncio.run(_launch(file, show, is_detached=True))
     except CliError as error:
         show(Event("failed", str(error), exit_code=error.exit_code))
-        print(error, file=sys.stderr)
         return error.exit_code
 
 

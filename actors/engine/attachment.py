@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from callboard.actors.protocol import Attach, Attached, BadRequest, Recall
-from callboard.bus import FOREVER, BusError, LinkLost, Node, Ref
+from callboard.bus import FOREVER, ActorDied, BusError, LinkLost, Node, Ref
 from callboard.kv.lanes import INPROC
 from callboard.kv.page_store import PageStore
 from callboard.kv.pool_socket import WrongPool, fetch_pool
@@ -59,15 +59,20 @@ class Attachment:
             store: PageStore | None = None
             try:
                 async with self.manager.stream(self._message, timeout=FOREVER) as items:
-                    async for item in items:
-                        if isinstance(item, Recall):
-                            self._on_recall(item.num_blocks)
-                            continue
-                        store = await self._map(item)
-                        self._on_attached(store)
-                        self.is_attached, self.count = True, self.count + 1
-                        self._attached.set()
-                        retry_s = FIRST_RETRY_S
+                    try:
+                        async for item in items:
+                            if isinstance(item, Recall):
+                                self._on_recall(item.num_blocks)
+                                continue
+                            store = await self._map(item)
+                            self._on_attached(store)
+                            self.is_attached, self.count = True, self.count + 1
+                            self._attached.set()
+                            retry_s = FIRST_RETRY_S
+                    except asyncio.CancelledError:
+                        # Leaving the stream tells the manager that nothing is written any more.
+                        await self._on_lost(ActorDied(f"{self._message.engine} was stopped"))
+                        raise
             except BadRequest:
                 raise
             except (BusError, OSError, WrongPool) as reason:

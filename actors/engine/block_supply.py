@@ -118,7 +118,8 @@ class BlockSupply:
 
     async def _ask_refill(self, message: Refill) -> list[int]:
         try:
-            return unpack_tokens((await self._manager.ask(message, timeout=REFILL_WAIT_S + 5.0)).blocks)
+            # No deadline: blocks in an answer that came too late would be nobody's.
+            return unpack_tokens((await self._manager.ask(message, timeout=FOREVER)).blocks)
         except BusError:
             await self._actor.node.clock.sleep(QUIET_S)  # The end of the attachment will say why.
             return []

@@ -5,7 +5,7 @@ thread, and carries out what comes of them. Nothing here decides what is compute
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import (
@@ -128,7 +128,8 @@ class Engine(Actor):
         kv = message.kv
         try:
             while True:
-                if generation.needs_admission:
+                # First what is there: a reader must not wait for blocks to get tokens that are ready.
+                if generation.needs_admission and not generation.num_unread:
                     await self._admit(generation, kv)
                     kv = None
                 item = await generation.read()
@@ -161,9 +162,9 @@ class Engine(Actor):
             generation.computed(self.node.clock.now())
         try:
             while True:
-                item = await generation.read()
-                assert isinstance(item, LayersDone | KvComputed)
-                yield item
+                item = await generation.read()  # None: it was ended, and reading again says why.
+                if isinstance(item, LayersDone | KvComputed):
+                    yield item
                 if isinstance(item, KvComputed):
                     return
         finally:
@@ -187,7 +188,8 @@ class Engine(Actor):
     async def _admit(self, generation: Generation, kv: KvAddr | None) -> None:
         """Wait for a place, and for blocks; ends at once when the generation is aborted meanwhile."""
         async with generation.interruptible():
-            if not generation.has_place:
+            # A reservation that waited for a place would keep its blocks from those who have one and wait for blocks.
+            if kv is None and not generation.has_place:
                 await self._places.acquire()
                 generation.has_place = True
             await self.supply.admit(generation.sequence, kv)
@@ -260,17 +262,25 @@ class Engine(Actor):
         """Run a step in the worker thread; a simulated one takes its time here, group by group of layers."""
         if self.config.runner != "simulated":
             loop = asyncio.get_running_loop()
-            return await self.node.run_blocking(
-                self.runner.run, step, lambda *layers: loop.call_soon_threadsafe(self._report_layers, step, *layers)
+            return await self._in_thread(
+                step, lambda *layers: loop.call_soon_threadsafe(self._report_layers, step, *layers)
             )
         groups: list[tuple[int, int]] = []
-        result = await self.node.run_blocking(self.runner.run, step, lambda *layers: groups.append(layers))
+        result = await self._in_thread(step, lambda *layers: groups.append(layers))
         for layers in groups:
             await self.node.clock.sleep(result.duration_s / len(groups))
             self._report_layers(step, *layers)
         if not groups:
             await self.node.clock.sleep(result.duration_s)
         return result
+
+    async def _in_thread(self, step: Step, on_layers: Callable[[int, int], object]) -> StepResult:
+        running = asyncio.ensure_future(self.node.run_blocking(self.runner.run, step, on_layers))
+        try:
+            return await asyncio.shield(running)
+        finally:
+            # A thread cannot be stopped, and writes to the end: nobody may take a cancelled step for over before.
+            await asyncio.wait((running,))
 
     def _report_layers(self, step: Step, layer_begin: int, layer_end: int) -> None:
         now = self.node.clock.now()

@@ -41,7 +41,10 @@ class Generation:
     # ---- the reader's side ---------------------------------------------------------------------------------------
 
     async def read(self) -> Item | None:
-        """Wait for the next item. None: see whether it needs admission. Raises what ended the sequence badly."""
+        """Wait for the next item. None: see whether it needs admission, and read again.
+
+        Raises what ended the sequence badly.
+        """
         if not self._items:
             if self._error is not None:
                 raise self._error

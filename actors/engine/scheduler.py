@@ -119,8 +119,11 @@ class Scheduler:
         decodes: list[Chunk] = []
         prefills: list[Chunk] = []
         budget = self.max_num_batched_tokens
+        # One place is a prompt's: else a full house of decodes would keep out what other engines wait for.
+        is_prompt_waiting = any(not sequence.is_decoding for sequence in self._order)
+        most_decodes = max(1, min(self.max_num_seqs, budget) - is_prompt_waiting)
         for sequence in self._order:
-            if len(decodes) == self.max_num_seqs or not budget:
+            if len(decodes) == most_decodes:
                 break
             if sequence.is_decoding and not sequence.is_paused and self._grow(sequence):
                 decodes.append(sequence.next_chunk(1))

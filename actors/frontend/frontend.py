@@ -4,6 +4,8 @@ It tokenises, asks the router for token ids, and makes text of them; it knows no
 are any.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
 from callboard.actors.actor import Actor
@@ -28,6 +30,8 @@ class ServedModel(msgspec.Struct, frozen=True):
 
     path: str
     max_model_len: int
+    roles: tuple[str, ...] = ()
+    """The roles of its engines: with a prefill engine and no decode engine, nothing is answered."""
 
 
 class Frontend(Actor):
@@ -92,11 +96,11 @@ class Frontend(Actor):
             await self._server.stop(self._backend.cut_short)
 
     def models_without_engine(self) -> list[str]:
-        """Return the served models that no ready engine has. Outside of a fleet, nobody can tell: none."""
+        """Return the served models that lack a ready engine, or one in a role. Outside of a fleet, none are known."""
         if self._view is None:
             return []
-        ready = {entry.model for entry in self._view.entries("engine") if entry.state == "ready"}
-        return [name for name in self._models if name not in ready]
+        ready = [entry for entry in self._view.entries("engine") if entry.state == "ready"]
+        return [name for name, served in self.config.models.items() if not _is_whole(name, served, ready)]
 
     def _router(self) -> Ref:
         return self.node.ref(self.config.router)
@@ -107,3 +111,9 @@ class Frontend(Actor):
         except TokenizerMissing as error:
             raise CannotServe(model=name, reason=str(error)) from None
         return Model(name, tokenizer, served.max_model_len, int(self.node.clock.wall()))
+
+
+def _is_whole(name: str, served: ServedModel, ready: Sequence[Entry]) -> bool:
+    engines = [entry for entry in ready if entry.model == name]
+    taken = {role for entry in engines for role in entry.roles or served.roles}
+    return bool(engines) and taken.issuperset(served.roles)

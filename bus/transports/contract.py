@@ -36,7 +36,7 @@ class Transport(Protocol):
         """Bind to ``endpoint`` (not at all if empty) and return what peers dial. Raises OSError if it is taken."""
 
     def dial(self, endpoint: str) -> Connection:
-        """Open a connection; where nobody listens, ``closed`` follows."""
+        """Open a connection; where nobody listens, ``closed`` follows. Raises OSError when out of descriptors."""
 
     async def stop(self) -> None:
         """Close everything, giving what was sent a moment to leave."""

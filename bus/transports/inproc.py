@@ -38,6 +38,7 @@ class InprocConnection:
 
     def close(self) -> None:
         other, self.other = self.other, None
+        self.transport.forget(self)
         if other is not None:
             self._later(other._closed, "closed by the other side")
 
@@ -58,6 +59,7 @@ class InprocConnection:
     def _closed(self, reason: str) -> None:
         if self.other is not None:
             self.other = None
+            self.transport.forget(self)
             self.transport.listener.closed(self, reason)
 
 
@@ -70,7 +72,7 @@ class InprocTransport:
         self.hub = hub
         self.endpoint = ""
         self.exchange = hub.exchange
-        self._connections: list[InprocConnection] = []
+        self._connections: dict[InprocConnection, None] = {}
 
     async def start(self, endpoint: str, listener: Listener) -> str:
         if endpoint in self.hub.transports:
@@ -88,16 +90,19 @@ class InprocTransport:
             return near
         far = InprocConnection(peer, self.endpoint)
         near.other, far.other = far, near
-        self._connections.append(near)
-        peer._connections.append(far)
+        self._connections[near] = peer._connections[far] = None
         peer.listener.accepted(far)
         return near
 
     def _refused(self, near: InprocConnection, endpoint: str) -> None:
         self.listener.closed(near, f"nobody listens at {endpoint}")
 
+    def forget(self, connection: InprocConnection) -> None:
+        """Drop a connection that was closed."""
+        self._connections.pop(connection, None)
+
     async def stop(self) -> None:
         if self.hub.transports.get(self.endpoint) is self:
             del self.hub.transports[self.endpoint]
-        for connection in self._connections:
+        for connection in list(self._connections):
             connection.close()

@@ -9,6 +9,7 @@ messages meant for a dead process would reach its successor.
 import asyncio
 import functools
 import operator
+import socket as sockets
 from typing import Any
 
 import zmq
@@ -64,6 +65,9 @@ class _Reader:
                 self.take()
         except zmq.Again:
             return
+        except Exception:
+            self.schedule()  # The descriptor tells of what is left only once.
+            raise
         self.schedule()
 
     def is_closed(self) -> bool:
@@ -78,10 +82,13 @@ class _Reader:
         """Return what the socket is ready for; asking also lets ZeroMQ process its own commands."""
         return int(self.socket.getsockopt(zmq.EVENTS))
 
-    def after_send(self) -> None:
-        # Hot: sending may swallow the edge that announces input (bench/bus.py).
-        if self.events() & zmq.POLLIN:
+    def after_send(self) -> int:
+        """Return the events after a send, done or refused; it may have swallowed the edge that announces input."""
+        # Hot: once per batch sent (bench/bus.py).
+        events = self.events()
+        if events & zmq.POLLIN:
             self.schedule()
+        return events
 
     def close(self, linger: int = LINGER_MS) -> None:
         if self.is_open:
@@ -118,7 +125,11 @@ class _Dialled(_Reader):
         # Queue until connected: Hello is sent at once, and nothing else before Welcome.
         socket.setsockopt(zmq.IMMEDIATE, 0)
         super().__init__(socket)
-        self._monitor = _Monitor(self)
+        try:
+            self._monitor = _Monitor(self)
+        except zmq.ZMQError:
+            super().close(0)
+            raise
 
     def take(self) -> None:
         self.transport.listener.received(self, self.socket.recv(zmq.NOBLOCK))
@@ -133,14 +144,14 @@ class _Dialled(_Reader):
                 return True
             except zmq.Again:
                 # Spurious at times: looking at the events lets ZeroMQ process its own commands.
-                if not self.events() & zmq.POLLOUT:
+                if not self.after_send() & zmq.POLLOUT:
                     return False
         return False
 
     def lost(self, reason: str) -> None:
         if self.is_open:
             self._drain_rest()
-            self.close()
+            self.close(0)  # Nobody is there to linger for.
             self.transport.listener.closed(self, reason)
 
     def _drain_rest(self) -> None:
@@ -199,7 +210,7 @@ class _Router(_Reader):
                 self.after_send()
                 return True
             except zmq.Again:
-                self.events()
+                self.after_send()
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
@@ -236,15 +247,21 @@ class ZmqTransport:
         socket = self.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
+            if endpoint.startswith("ipc://") and _is_listening(endpoint.removeprefix("ipc://")):
+                raise zmq.ZMQError(zmq.EADDRINUSE)
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             socket.close(0)
+            self._context.term()
             raise OSError(error.errno, f"cannot listen at {endpoint}: {error.strerror}") from None
         self._router = _Router(self, socket)
         return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def dial(self, endpoint: str) -> Connection:
-        dialled = _Dialled(self)
+        try:
+            dialled = _Dialled(self)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"cannot dial {endpoint}: {error.strerror}") from None
         self._dialled[dialled] = None
         try:
             dialled.socket.connect(endpoint)
@@ -263,3 +280,16 @@ class ZmqTransport:
             self._router.close()
         # Returns once what was sent has left, or LINGER_MS has passed: off the loop, which may have work to do.
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+
+
+def _is_listening(path: str) -> bool:
+    """Say whether somebody listens on a unix socket: ZeroMQ would take the path away from them without a word."""
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return True

@@ -69,9 +69,9 @@ async def server(endpoint: str) -> AsyncIterator[asyncio.subprocess.Process]:
     await process.wait()
 
 
-async def spawn(endpoint: str) -> asyncio.subprocess.Process:
+async def spawn(endpoint: str, script: str = SERVER) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SERVER, endpoint, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", script, endpoint, stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
     async with asyncio.timeout(30):
@@ -156,3 +156,25 @@ async def test_a_stopped_process_is_cut_off_by_pings(endpoint: str, server: asyn
         os.kill(server.pid, signal.SIGSTOP)
         with pytest.raises(LinkLost, match="not been heard"):
             await ref.ask(GetPid())
+
+
+async def test_a_process_whose_sockets_close_before_it_has_ended_is_known_dead(endpoint: str) -> None:
+    dying = """
+def die():
+    os.closerange(3, 256)
+    time.sleep(0.05)
+    os._exit(0)
+"""
+    script = SERVER.replace("class Server:", f"import time{dying}class Server:").replace(
+        'print("ready"', 'asyncio.get_running_loop().add_signal_handler(15, die); print("ready"'
+    )
+    process = await spawn(endpoint, script)
+    async with Node("client") as client:
+        ref = client.ref(Address("server", endpoint, "server"))
+        await ref.ask(GetPid())
+        pending = asyncio.ensure_future(ref.ask(GetPid(60)))
+        await ref.ask(GetPid())
+        process.terminate()
+        with pytest.raises(ActorDied):
+            await pending
+    await process.wait()

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -271,6 +272,51 @@ async def test_an_engine_survives_its_manager():
         waiting = asyncio.ensure_future(run.generate(prompt_of(9), max_tokens=5))
         await run.start_manager()
         assert [token.id for token in await waiting] == simulated_tokens(prompt_of(9), 5)
+        await run.assert_all_free()
+
+
+async def test_kv_that_is_being_computed_ends_with_its_manager_and_the_engine_lives():
+    async with running(simulated=Simulation(seconds_per_step=0.05)) as run:
+        computing = ComputeKv("send", pack_tokens(prompt_of(30)), pack_tokens([5, 6]), 0)
+        async with run.ref.stream(computing, timeout=20) as items:
+            await run.until(lambda: len(run.engine.scheduler))
+            await stop_actor(run.manager)
+            with pytest.raises((LinkLost, ActorDied)):
+                await anext(items)
+        await run.start_manager()
+        assert [token.id for token in await run.generate(prompt_of(9), max_tokens=5)] == simulated_tokens(
+            prompt_of(9), 5
+        )
+
+
+class HeldRunner(SimulatedRunner):
+    """A runner whose steps stand still in their thread for as long as ``may_run`` is not set."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.may_run = threading.Event()
+        self.is_running = False
+
+    def run(self, step, on_layers):
+        self.is_running = True
+        assert self.may_run.wait(20)
+        self.is_running = False
+        return super().run(step, on_layers)
+
+
+async def test_a_broken_engine_gives_nothing_back_before_its_step_has_ended():
+    async with running() as run:
+        held = run.engine.runner = HeldRunner(Simulation())
+        run.engine.runner.map_pool(run.manager.store.view, run.num_blocks)
+        going = asyncio.ensure_future(run.generate(prompt_of(40), max_tokens=5))
+        await run.until(lambda: held.is_running)
+        run.engine_node.crash("e", RuntimeError("a bug"))
+        with pytest.raises(ActorDied):
+            await going
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+            assert (await run.manager_ref.ask(GetKvStats())).leased >= 3
+        held.may_run.set()
         await run.assert_all_free()
 
 

@@ -95,6 +95,18 @@ def test_a_long_prompt_does_not_stall_decodes(runner):
     assert sizes == [[("short", 1), ("long", 31)]] * 3
 
 
+def test_a_full_house_of_decodes_leaves_a_place_to_prompts(runner):
+    scheduling = scheduler(max_num_seqs=2, max_num_batched_tokens=2)
+    for name, block in (("a", 0), ("b", 1)):
+        scheduling.add(placed(name, 1, blocks=[block], sampling=SamplingParams(max_tokens=15)))
+    run(scheduling, runner)
+    waited_for = Sequence("kv", prompt_of(3, 1), None)
+    waited_for.place(pack_tokens([2]), 0)
+    scheduling.add(waited_for)
+    steps = [[chunk.sequence_id for chunk in run(scheduling, runner).chunks] for _ in range(4)]
+    assert steps == [["a", "kv"]] * 3 + [["a", "b"]]
+
+
 def test_an_abort_waits_for_the_step_in_flight(runner):
     scheduling = scheduler()
     scheduling.add(placed("a", 5, blocks=[0]))

@@ -2,12 +2,14 @@
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from callboard.actors.actor import stop_actor
 from callboard.actors.directory import Directory
+from callboard.actors.frontend.frontend import ServedModel
 from callboard.actors.frontend.http import PortTaken
 from callboard.actors.protocol import BadRequest, Entry, Register
 from callboard.bus import ActorDied, AskTimeout, LinkLost, Refusal
@@ -120,6 +122,19 @@ async def test_the_request_id_is_the_clients_and_stays_unique(door: Any) -> None
     assert third.headers["x-request-id"] == third.json()["id"]
     again = await door.http.post("/v1/completions", json=body, headers=headers)
     assert again.headers["x-request-id"] == "mine"
+
+
+async def test_health_wants_an_engine_for_every_role(open_door: Any, model_dir: Path) -> None:
+    served = ServedModel(str(model_dir), 128, ("decode", "prefill"))
+    door = await open_door(directory=Directory(), models={"tiny": served})
+    directory, statuses = door.frontend.directory, []
+    for role in ("prefill", "decode"):
+        engine = Entry(name=role, kind="engine", address=directory.address, model="tiny", roles=(role,))
+        await directory.ask(Register(engine, 60.0))
+        async with asyncio.timeout(5):
+            await door.frontend._view.wait_for(lambda view, role=role: any(e.name == role for e in view.entries))
+        statuses.append((await door.http.get("/health")).status_code)
+    assert statuses == [503, 200]
 
 
 async def test_health_says_which_model_has_no_engine(open_door: Any) -> None:

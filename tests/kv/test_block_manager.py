@@ -93,13 +93,22 @@ def test_nothing_is_cached_before_it_has_arrived():
 
 
 def test_a_reservation_holds_room_for_the_whole_prompt_so_that_adopting_it_never_waits():
-    manager = make(num_blocks=4)
+    manager = make(num_blocks=8)
     first, second = (reserve(manager, [i] * 4, end=1, key=(str(i), 0)) for i in (1, 2))
     with pytest.raises(OutOfBlocks):
         reserve(manager, [3] * 4, end=1, key=("3", 0))
     for held in (first, second):
         fill(manager, held)
         assert len(manager.adopt("e", held.key[0], held.prompt, held.reservation.id).block_table) == 2
+
+
+def test_reservations_still_to_be_filled_leave_half_of_the_pool_to_those_who_fill():
+    manager = make(num_blocks=8)
+    first = reserve(manager, [1] * 10, key=("1", 0))  # alone it may have more than half
+    with pytest.raises(OutOfBlocks):
+        reserve(manager, [2] * 4, key=("2", 0))
+    fill(manager, first)
+    reserve(manager, [2] * 4, key=("2", 0))
 
 
 def test_a_longer_prompt_than_was_announced_gets_more_blocks_when_it_is_adopted():

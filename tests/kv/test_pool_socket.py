@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from callboard.kv.lanes import open_lane, open_pool
-from callboard.kv.layout import KvLayout
+from callboard.kv.layout import KvLayout, SlotRun
 from callboard.kv.page_store import PageStore
 from callboard.kv.pool_socket import PoolServer, WrongPool, fetch_pool
 from callboard.kv.published import published_to_processes
@@ -77,9 +77,9 @@ async def test_another_epochs_pool_is_not_mapped(tmp_path):
 async def test_a_lane_knows_which_slots_the_peer_has(tmp_path):
     with published_to_processes(str(tmp_path), "p", LAYOUT, 2, epoch="e", fd=None) as pool:
         lane = await open_lane(pool.path, None, epoch="e")
-        assert lane.fits([SlotCopy(100, 7, 1)])
-        assert not lane.fits([SlotCopy(0, 7, 2)])
-        assert not lane.fits([SlotCopy(0, -1, 1)])
+        assert lane.fits([SlotRun(7, 1)])
+        assert not lane.fits([SlotRun(7, 2)])
+        assert not lane.fits([SlotRun(-1, 1)])
         lane.close()
 
 

@@ -121,6 +121,14 @@ def test_a_repeated_open_or_close_does_nothing():
     assert reservation.state is State.SEALED
 
 
+def test_a_write_whose_close_came_first_is_not_let_in():
+    reservation = in_state(State.RESERVED)
+    reservation.close_write("w", is_complete=False)
+    with pytest.raises(StaleReservation, match="closed already"):
+        reservation.open_write("w", begin=4, end=10, writer="p")
+    assert reservation.state is State.RESERVED
+
+
 def test_quarantine_ends_only_with_the_last_writer():
     reservation = Reservation("r", begin=0, end=10, expires_at=1.0)
     reservation.open_write("a", begin=0, end=5, writer="p")

@@ -8,7 +8,7 @@ from callboard.actors.protocol import BadRequest, Generate, GetSubRequests, List
 from callboard.bus import ActorDied, AskTimeout, LinkLost
 from callboard.kv.layout import OutOfBlocks
 from callboard.kv.tokens import pack_tokens
-from callboard.router import BadRange, NoEngine, QueueFull, ScriptError
+from callboard.router import NoEngine, QueueFull, ScriptError
 from callboard.router.spans import Spans
 
 DISAGGREGATE = """
@@ -221,7 +221,7 @@ async def test_a_fleet_that_is_starting_is_waited_for_and_a_model_nobody_serves_
 
     results = await asyncio.gather(fleet.generate(), start_engine())
     assert results[0] == [100, 101, 102]
-    await asyncio.sleep(10.0)
+    await asyncio.sleep(20.0)
     loop = asyncio.get_running_loop()
     begin = loop.time()
     with pytest.raises(NoEngine):
@@ -413,7 +413,7 @@ async def route(request: Request, fleet: Fleet):
 async def test_an_invalid_range_is_refused_with_a_sentence(fleet, write_script, ranges, words):
     bounds = {"end": None, "begin": None, "send_end": None, "start": None} | ranges
     await two(fleet, write_script(RANGES.format(**bounds)))
-    with pytest.raises(BadRange) as refusal:
+    with pytest.raises(ScriptError, match=r"script\.py:\d+: ") as refusal:
         await fleet.generate()
     assert words in str(refusal.value)
     assert fleet.is_clean()

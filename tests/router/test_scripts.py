@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from callboard.actors.protocol import GetSubRequests
+from callboard.router import ScriptError
 
 
 async def one_prefill_one_decode(fleet, script, **config):
@@ -138,3 +139,22 @@ async def test_the_record_is_complete_when_the_last_token_is_there(fleet):
                 break
         else:
             pytest.fail("there was no last token")
+
+
+async def test_what_was_computed_for_a_request_elsewhere_is_not_called_cached(fleet):
+    _, d, _ = await one_prefill_one_decode(fleet, "disaggregate")
+    usages = []
+    for num_cached in (0, 2):
+        d.num_cached = num_cached
+        async with fleet.stream(prompt=2) as tokens:
+            usages += [token.usage async for token in tokens if token.usage is not None]
+    # The noting engine reports 3 cached and 1 computed; of them 2 came from the prefill engine, the first time.
+    assert [(usage.num_cached_tokens, usage.num_computed_tokens) for usage in usages] == [(1, 3), (3, 1)]
+
+
+async def test_a_script_that_exits_ends_its_request_and_not_the_fleet(fleet, write_script):
+    await fleet.add_engine("a")
+    await fleet.add_router(write_script("import sys\nasync def route(request, fleet):\n    sys.exit(3)\n    yield\n"))
+    with pytest.raises(ScriptError, match=r"script\.py:6: route raised SystemExit: 3"):
+        await fleet.generate()
+    assert fleet.is_clean()

@@ -29,6 +29,7 @@ ACTORS = '''\
 """A user's actors."""
 import asyncio
 import os
+import time
 
 from callboard.actors.actor import Actor
 from callboard.bus import Ask, Message
@@ -69,6 +70,11 @@ class Ping:
 class NeverReady(Actor):
     async def start(self):
         await asyncio.Event().wait()
+
+
+class Loading(Actor):
+    async def start(self):
+        await self.node.run_blocking(time.sleep, 30)
 
 
 class Refusing(Actor):

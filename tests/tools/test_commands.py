@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from callboard.actors import embedded_model
 from callboard.actors.embedded_model import ModelMissing, locate
+from callboard.tools.api_keys import read_api_keys
 from callboard.tools.cli import main
 from callboard.tools.errors import StartFailed
 from callboard.tools.machine import available_memory, claim_port, split_address, total_memory
+from callboard.tools.progress import Started, describe_started
 from callboard.tools.units import format_size, parse_duration, parse_size
 
 HEAVY = ("torch", "transformers", "litestar", "uvicorn", "numpy", "triton", "httpx", "openai", "ray")
@@ -65,6 +68,7 @@ def test_check_prints_every_problem_and_ends_with_2(place: Any) -> None:
         (["chat", "hello"], 'callboard: no fleet is running: start one with "callboard up"'),
         (["up", "no.toml"], 'no.toml: "callboard init no.toml" writes one'),
         (["up", "--port", "99999"], "--port 99999 is no port"),
+        (["up", "--name", "a b"], 'callboard: --name "a b" is no name: use letters'),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(place: Any, words: list[str], sentence: str) -> None:
@@ -72,6 +76,43 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(place: Any, words: 
     assert done.returncode == 2
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "warm"])
+def test_a_temperature_that_json_cannot_hold_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", "hello", "--temperature", word])
+    assert f'--temperature: "{word}" is no number' in capsys.readouterr().err
+
+
+def test_the_curl_line_of_a_fleet_with_keys_sends_one() -> None:
+    started = Started("default", 1, "http://127.0.0.1:8000", ("m",), api_keys="keys.txt")
+    shown = describe_started(started)
+    assert '-H "Authorization: Bearer $OPENAI_API_KEY"' in shown
+    assert "a line of keys.txt" in shown
+    assert "OPENAI_API_KEY" not in describe_started(msgspec.structs.replace(started, api_keys=None))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no API key"),
+        ("\n# none yet\n", "holds no API key"),
+        ("one\ntwo three\n", "keys.txt:2: a key is one word"),
+        ("schlüssel\n", "keys.txt:1: a key is one word"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_file_without_good_keys_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "keys.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_api_keys(tmp_path / "keys.txt")
+
+
+def test_keys_are_lines_and_comments_are_none(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("# of the team\n sk-one \n\nsk-two\nsk-one\n")
+    assert read_api_keys(tmp_path / "keys.txt") == ("sk-one", "sk-two")
 
 
 def test_ps_without_a_fleet_is_no_error(place: Any) -> None:

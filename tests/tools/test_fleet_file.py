@@ -57,7 +57,11 @@ BAD = [
     ),
     ('roles = ["prefill"]', 'roles = ["prefil"]', 6, 'roles must be a list of "prefill" or "decode"'),
     ('roles = ["prefill"]', "roles = []", 6, "roles must name"),
-    ('script = "disaggregate"', 'script = "disagregate"', 13, "there is no router script"),
+    ('script = "disaggregate"', 'script = "disagregate"', 13, 'did you mean "disaggregate"?'),
+    ('script = "disaggregate"', 'script = "mine.py"', 13, "there is no router script"),
+    ('script = "disaggregate"', 'script = "leaves.py"', 13, "leaves.py:1: it fails while it is loaded: SystemExit"),
+    ('name = "demo"', 'name = "demo"\n[listen]\napi_keys = "none.txt"', 3, "write one API key per line"),
+    ('name = "demo"', 'name = "demo"\n[listen]\napi_keys = "broken.py"', 3, "a key is one word"),
     ('script = "disaggregate"', 'script = "broken.py"', 13, "broken.py:1"),
     ('script = "disaggregate"', "", 11, "[[router]] lacks script"),
     ("[[router]]", "[router]", 11, "write [[router]] with double brackets"),
@@ -85,6 +89,7 @@ def check(text: str, place: Any) -> None:
 def test_a_bad_file_is_refused_with_line_and_remedy(place: Any, old: str, new: str, line: int, words: str) -> None:
     place.model()
     place.write("async def route(request fleet):\n", "broken.py")
+    place.write("raise SystemExit(3)\n", "leaves.py")
     with pytest.raises(FleetFileError) as caught:
         check(GOOD.replace(old, new, 1), place)
     [problem] = caught.value.problems

@@ -69,6 +69,15 @@ def test_ctrl_c_while_starting_leaves_nothing(place: Any, eventually: Eventually
         eventually(place.is_empty)
 
 
+def test_ctrl_c_does_not_wait_for_a_model_that_is_being_read(place: Any, eventually: Eventually) -> None:
+    up = place.start("up", place.actor_fleet("Loading"))
+    eventually(lambda: any(place.runtime.glob("callboard/test/ping.sock")))
+    up.send_signal(signal.SIGINT)
+    _, errors = up.communicate(timeout=5)
+    assert (up.returncode, "stopping" in errors) == (0, True)
+    assert place.is_empty()
+
+
 def test_killing_the_launcher_leaves_no_process_and_no_run_directory(place: Any, eventually: Eventually) -> None:
     place.callboard("up", place.actor_fleet(), "--detach")
     [fleet] = json.loads(place.callboard("ps", "--json").stdout)
@@ -83,6 +92,15 @@ def test_killing_the_launcher_ends_even_an_actor_that_hangs(place: Any, eventual
     up.kill()
     up.communicate(timeout=20)
     eventually(place.is_empty)
+
+
+def test_what_a_launcher_left_that_was_killed_before_it_had_processes_is_removed_by_ps(place: Any) -> None:
+    folder = place.runtime / "callboard" / "gone"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "lock").touch()
+    (place.runtime / "callboard").chmod(0o700)
+    assert place.callboard("ps").stdout.startswith("No fleet is running")
+    assert place.is_empty()
 
 
 def test_what_a_killed_fleet_left_is_cleared_by_the_next_one(place: Any) -> None:
@@ -105,6 +123,8 @@ def test_a_second_fleet_of_one_name_is_refused_and_one_of_another_name_is_not(pl
     assert again.returncode == 2
     assert 'a fleet "test" is running already' in again.stderr
     assert "callboard down test" in again.stderr
+    detached = place.callboard("up", fleet, "--detach")
+    assert (detached.returncode, len(detached.stderr.splitlines())) == (2, 1)
     assert place.callboard("up", fleet, "--detach", "--name", "other").returncode == 0
     assert "name one of other, test" in place.callboard("down").stderr
     assert place.callboard("down", "--all").returncode == 0
@@ -113,12 +133,14 @@ def test_a_second_fleet_of_one_name_is_refused_and_one_of_another_name_is_not(pl
 
 def test_an_actor_that_cannot_start_fails_the_fleet_with_its_own_sentence(place: Any) -> None:
     cases = {
-        ("Refusing", "{}"): "ping: the moon is not in the right phase",
+        ("Refusing", "{}"): "ping: OSError: the moon is not in the right phase (my_actors.py:",
         ("Nobody", "{}"): "ping: module my_actors has no class Nobody",
+        ("os", "{}"): "ping: os in module my_actors is no class",
         ("Ping", "{ greting = 1 }"): "ping: Ping does not take these options",
     }
     for (kind, options), sentence in cases.items():
         for words in ([], ["--detach"]):
             done = place.callboard("up", place.actor_fleet(kind, options), *words)
             assert (done.returncode, sentence in done.stderr) == (1, True)
+            assert done.stderr.count("ping failed") == 1
             assert place.is_empty()

@@ -107,6 +107,7 @@ def test_a_pool_smaller_than_the_context_bounds_requests_with_a_warning(place: A
     [engine, _] = [node for node in plan.nodes if node.kind == "engine"]
     frontend = plan.nodes[0].actors[-1]
     assert engine.actors[0].config["max_model_len"] == frontend.config["models"]["tiny"]["max_model_len"] == 128
+    assert frontend.config["models"]["tiny"]["roles"] == ["decode", "prefill"]
 
 
 @pytest.mark.parametrize(
