@@ -242,6 +242,18 @@ class ComputeKv(Stream[LayersDone | KvComputed], frozen=True):
 # ---- KV manager and KV manager -----------------------------------------------------------------------------------
 
 
+class Tied(Message, frozen=True):
+    """The first and only item of Tie: the pool that may be written into."""
+
+    pool_path: str
+
+
+class Tie(Stream[Tied], frozen=True):
+    """A sending KV manager's standing tie to a receiving one. Raises StaleReservation for another epoch."""
+
+    epoch: str
+
+
 class WriteOpened(Message, frozen=True):
     """Leave to write, and the pool to write into."""
 

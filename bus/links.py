@@ -81,13 +81,15 @@ class Links:
             else:
                 self._stopped(link)
         # ZeroMQ drops what a peer has not read yet when it hears of the end. So the peer says Bye, too, and then we go.
-        if self._links:
-            self._all_left = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._all_left], timeout=BYE_S)
+        try:
+            await self._tasks.cancel()
+            if self._links:
+                self._all_left = asyncio.get_running_loop().create_future()
+                await asyncio.wait([self._all_left], timeout=BYE_S)
+        finally:
             for link in list(self._links):
                 self._stopped(link)
-        await self._tasks.cancel()
-        await self._node.transport.stop()
+            await self._node.transport.stop()
 
     def snapshot(self) -> list[tuple[str, bool]]:
         """Return (peer, is open) of every link, by name."""

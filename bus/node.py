@@ -9,7 +9,7 @@ import functools
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -96,15 +96,21 @@ class Node:
         self._is_stopping = True
         for name in self._server.names():
             self.remove(name)
-        await asyncio.sleep(0)
-        await self._server.stop()
-        await self._links.stop()
+        # All of it, also where whoever stops it is cancelled: a socket left open blocks the end of its context for ever.
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._crashes.cancel)
+            stack.callback(self._end_local)
+            stack.push_async_callback(self._links.stop)
+            await asyncio.sleep(0)
+            await self._server.stop()
+
+    def _end_local(self) -> None:
         local, self._local = self._local, None
+        assert local is not None
         for asked in list(local.asked.values()):
             asked.forget()
             asked.fail(LinkLost("the node stopped"))
         local.close()
-        await self._crashes.cancel()
 
     # ---- actors --------------------------------------------------------------------------------------------------
 

@@ -74,6 +74,18 @@ async def test_a_node_may_be_stopped_by_two_at_once(a: Node) -> None:
             await asyncio.gather(b.stop(), b.stop())
 
 
+async def test_a_stop_that_is_cancelled_leaves_no_socket_open(a: Node) -> None:
+    transport = ZmqTransport()
+    b = await Node("b", transport=transport).__aenter__()
+    await b.ref(a.address_of("server")).ask(Echo("x"))
+    stopping = asyncio.create_task(b.stop())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert transport._context.closed
+
+
 async def test_a_link_that_cannot_be_dialled_breaks(a: Node) -> None:
     transport = ZmqTransport()
     async with Node("b", transport=transport) as b:

@@ -7,7 +7,6 @@ import pytest
 
 from callboard.actors.actor import Actor, start_actor, stop_actor
 from callboard.actors.kv_manager import KvManager
-from callboard.actors.kv_peers import Tie
 from callboard.actors.protocol import (
     Abort,
     Admit,
@@ -30,6 +29,7 @@ from callboard.actors.protocol import (
     Release,
     RemoteSend,
     Seal,
+    Tie,
 )
 from callboard.bus import FOREVER, ActorDied, Node, UnknownActor, VirtualClock
 from callboard.bus.testing import run_virtual

@@ -20,7 +20,7 @@ PROMPT = list(range(10))
 
 WRITER = """
 import asyncio, sys
-from callboard.actors.kv_peers import Tie
+from callboard.actors.protocol import Tie
 from callboard.actors.protocol import OpenWrite
 from callboard.bus import FOREVER, Address, Node
 

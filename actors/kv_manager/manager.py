@@ -1,7 +1,7 @@
 """The KV manager: the front door of a pool, and the shell around its books (kv/block_manager.py).
 
 One per device, in a process of its own, so that it answers while engines compute, and its pool outlives them. Here
-messages become decisions of the books, and waiting; sending pages is kv_sender.py.
+messages become decisions of the books, and waiting; sending pages is sender.py.
 """
 
 import asyncio
@@ -9,24 +9,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager
 
-import msgspec
-
-from callboard.bus import Call, current_call
-from callboard.kv.accounts import Grant
-from callboard.kv.block_manager import BlockManager, Loan
-from callboard.kv.layout import BadRange, KvLayout, OutOfBlocks, StaleReservation
-from callboard.kv.page_store import PageStore
-from callboard.kv.published import PublishedPool, published_in_process, published_to_processes
-from callboard.kv.reservation_table import Held
-from callboard.kv.slots import resolve_range, slot_runs
-from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tokens
-
-from .actor import Actor
-from .kv_attachments import Attachments
-from .kv_peers import SELF, Tie, Tied, Writers
-from .kv_queue import BlockQueue, Priority
-from .kv_sender import Sender
-from .protocol import (
+from callboard.actors.protocol import (
     Admit,
     Admitted,
     Attach,
@@ -53,8 +36,24 @@ from .protocol import (
     Seal,
     Sent,
     Slab,
+    Tie,
+    Tied,
     WriteOpened,
 )
+from callboard.bus import Call, current_call
+from callboard.kv.accounts import Grant
+from callboard.kv.block_manager import BlockManager
+from callboard.kv.layout import BadRange, OutOfBlocks, StaleReservation
+from callboard.kv.published import PublishedPool, published_in_process, published_to_processes
+from callboard.kv.reservation_table import Held
+from callboard.kv.slots import resolve_range, slot_runs
+from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tokens
+
+from .attachments import Attachments
+from .peers import SELF, Writers
+from .pool_actor import PoolActor
+from .queue import BlockQueue, Priority
+from .sender import Sender
 
 REPORT_S = 0.2
 """How often the directory hears of the load."""
@@ -62,32 +61,14 @@ STATS_RECALL_S = 0.5
 """How long engines may take to return unused blocks before they are counted."""
 
 
-class KvManager(Actor):
+class KvManager(PoolActor):
     """Serves one pool: prep_recv, remote_send, probe and release for routers, blocks for engines, writes for peers."""
 
-    class Config(msgspec.Struct, frozen=True):
-        """``pool_fd``: an inherited memfd. ``socket_dir``: where the pool is handed out, None within one process."""
-
-        name: str
-        layout: KvLayout
-        num_blocks: int
-        device: str = "cpu"
-        lease_s: float = 10.0
-        pool_fd: int | None = None
-        socket_dir: str | None = None
-
-    store: PageStore
-    epoch: str
-    pool_path: str
-    blocks: BlockManager
-    queue: BlockQueue
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._sender = Sender(self)
+    def __init__(self, config: PoolActor.Config) -> None:
+        super().__init__(config)
         self.engines = Attachments(self)
+        self._sender = Sender(self, self.engines)
         self._writers = Writers(self)
-        self._seal_waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._leased = asyncio.Event()
 
     async def start(self) -> None:
@@ -206,7 +187,7 @@ class KvManager(Actor):
     # ---- peers ---------------------------------------------------------------------------------------------------
 
     async def on_tie(self, message: Tie) -> AsyncIterator[Tied]:
-        self._require_epoch("", message.epoch)
+        self.require_epoch("", message.epoch)
         async with aclosing(self._writers.serve(_caller())) as items:
             async for item in items:
                 yield item
@@ -215,17 +196,7 @@ class KvManager(Actor):
         return self.open_write(message, writer=_caller().caller_incarnation)
 
     def on_close_write(self, message: CloseWrite) -> Done:
-        self._require_epoch(message.reservation_id, message.epoch)
-        try:
-            self.blocks.reservations.close_write(
-                message.reservation_id,
-                message.write_id,
-                is_complete=message.is_complete,
-                now=self.node.clock.now(),
-            )
-        finally:
-            self.changed()
-        return Done()
+        return self.close_write(message)
 
     async def on_get_kv_stats(self, message: GetKvStats) -> KvStats:
         clock = self.node.clock
@@ -236,36 +207,7 @@ class KvManager(Actor):
         problems = tuple(self.blocks.check_integrity())
         return KvStats(**dataclasses.asdict(self.blocks.counts()), problems=problems)
 
-    # ---- for the sender ------------------------------------------------------------------------------------------
-
-    def open_write(self, message: OpenWrite, *, writer: str) -> WriteOpened:
-        """Let a writer into a reservation. Raises StaleReservation, BadRange."""
-        self._require_epoch(message.reservation_id, message.epoch)
-        self.blocks.reservations.open_write(
-            message.reservation_id,
-            message.write_id,
-            begin=message.begin,
-            end=message.end,
-            writer=writer,
-            now=self.node.clock.now(),
-        )
-        return WriteOpened(self.pool_path, self.config.num_blocks)
-
-    def end_loan(self, loan: Loan) -> None:
-        """Give a loan back to the pool."""
-        self.blocks.end_loan(loan)
-        self.changed()
-
     # ---- waiting -------------------------------------------------------------------------------------------------
-
-    def changed(self) -> None:
-        """Go on with whoever waited for what may have happened just now."""
-        self.queue.pump()
-        for reservation_id in list(self._seal_waiters):
-            if self.blocks.reservations.is_settled(reservation_id):
-                for waiter in self._seal_waiters.pop(reservation_id):
-                    if not waiter.done():
-                        waiter.set_result(None)
 
     async def _await_refill(self, message: Refill) -> list[int]:
         def attempt() -> list[int]:
@@ -285,7 +227,7 @@ class KvManager(Actor):
     @contextmanager
     def _awaiting(self, kv: KvAddr) -> Iterator[Held]:
         """Keep a reservation from expiring while it is waited for. Raises StaleReservation."""
-        self._require_epoch(kv.reservation_id, kv.epoch)
+        self.require_epoch(kv.reservation_id, kv.epoch)
         if kv.layout != self.config.layout:
             raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool has another layout than this one")
         reservations = self.blocks.reservations
@@ -301,12 +243,8 @@ class KvManager(Actor):
         reservation_id = held.reservation.id
         while not self.blocks.reservations.is_settled(reservation_id):
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._seal_waiters.setdefault(reservation_id, []).append(waiter)
+            self.seal_waiters.setdefault(reservation_id, []).append(waiter)
             await waiter
-
-    def _require_epoch(self, reservation_id: str, epoch: str) -> None:
-        if epoch != self.epoch:
-            raise StaleReservation(reservation_id=reservation_id, reason="this KV manager has been restarted since")
 
     def _address(self, held: Held) -> KvAddr:
         reservation, layout = held.reservation, self.config.layout

@@ -6,38 +6,24 @@ died, all its writes are over. When the receiving manager dies, its lane is clos
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
 
-from callboard.bus import FOREVER, Address, BusError, Call, LinkLost, Message, Ref, Stream
+from callboard.actors.protocol import Tie, Tied
+from callboard.bus import FOREVER, Address, BusError, Call, LinkLost, Ref
 from callboard.bus.calls import enter_call
 from callboard.kv.lanes import Lane, open_lane
 from callboard.kv.layout import StaleReservation
 from callboard.kv.pool_socket import WrongPool
 
-if TYPE_CHECKING:
-    from .kv_manager import KvManager
-
+from .pool_actor import PoolActor
 
 SELF = "self"
 """The writer of copies inside a manager's own pool: always heard of."""
 
 
-class Tied(Message, frozen=True):
-    """The first and only item of Tie: the pool that may be written into."""
-
-    pool_path: str
-
-
-class Tie(Stream[Tied], frozen=True):
-    """A sending KV manager's standing tie to a receiving one. Raises StaleReservation for another epoch."""
-
-    epoch: str
-
-
 class Writers:
     """Serves Tie for one manager: knows which of the processes that write into its pool are alive."""
 
-    def __init__(self, manager: "KvManager") -> None:
+    def __init__(self, manager: PoolActor) -> None:
         self._manager = manager
         self._incarnations: dict[str, str] = {}
 
@@ -71,7 +57,7 @@ class Peer:
 class Peers:
     """Every tie of one manager. Its tasks belong to the manager."""
 
-    def __init__(self, manager: "KvManager") -> None:
+    def __init__(self, manager: PoolActor) -> None:
         self._manager = manager
         self._peers: dict[tuple[Address, str], Peer] = {}
 

@@ -2,15 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
 
+from callboard.actors.protocol import Attach, Attached, BadRequest, Recall
 from callboard.bus import Address, Call, UnknownActor
 from callboard.kv.accounts import EngineAccount
 
-from .protocol import Attach, Attached, BadRequest, Recall
-
-if TYPE_CHECKING:
-    from .kv_manager import KvManager
+from .pool_actor import PoolActor
 
 
 class _Attachment:
@@ -26,7 +23,7 @@ class _Attachment:
 class Attachments:
     """Serves Attach for one manager."""
 
-    def __init__(self, manager: "KvManager") -> None:
+    def __init__(self, manager: PoolActor) -> None:
         self._manager = manager
         self._attachments: dict[str, _Attachment] = {}
 

@@ -7,8 +7,18 @@ an engine may still write into it.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
+from callboard.actors.protocol import (
+    Abort,
+    CloseWrite,
+    ComputeKv,
+    KvAddr,
+    KvComputed,
+    LayersDone,
+    OpenWrite,
+    RemoteSend,
+    Sent,
+)
 from callboard.bus import FOREVER, ActorDied, Address, AskTimeout, BusError, LinkLost, Ref, Refusal
 from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
@@ -17,12 +27,10 @@ from callboard.kv.layout import BadRange, StaleReservation
 from callboard.kv.slots import cut_runs, num_slots, pair_runs, resolve_range, slot_runs
 from callboard.kv.tokens import num_tokens, pack_tokens
 
-from .kv_peers import SELF, Peers
-from .kv_queue import Priority
-from .protocol import Abort, CloseWrite, ComputeKv, KvAddr, KvComputed, LayersDone, OpenWrite, RemoteSend, Sent
-
-if TYPE_CHECKING:
-    from .kv_manager import KvManager
+from .attachments import Attachments
+from .peers import SELF, Peers
+from .pool_actor import PoolActor
+from .queue import Priority
 
 RETRY_S = 0.2
 GIVE_UP_S = 600.0
@@ -32,7 +40,7 @@ GIVE_UP_S = 600.0
 class Transfer:
     """The pages of ``[begin, end)`` on their way from a loan into a reservation."""
 
-    def __init__(self, manager: "KvManager", kv: KvAddr, lane: Lane, loan: Loan, begin: int, end: int) -> None:
+    def __init__(self, manager: PoolActor, kv: KvAddr, lane: Lane, loan: Loan, begin: int, end: int) -> None:
         self.num_bytes = 0
         self.seconds = 0.0
         self._manager = manager
@@ -66,10 +74,11 @@ class Transfer:
 class Sender:
     """Serves RemoteSend for one manager."""
 
-    def __init__(self, manager: "KvManager") -> None:
+    def __init__(self, manager: PoolActor, engines: Attachments) -> None:
         self.is_stopping = False
         """Whether nobody is to be told anything any more: the ties end, and that says it all."""
         self._manager = manager
+        self._engines = engines
         self._peers = Peers(manager)
 
     async def send(self, message: RemoteSend) -> Sent:
@@ -147,7 +156,7 @@ class Sender:
 
     def _engine(self, loan: Loan) -> Ref:
         assert loan.engine is not None
-        return self._manager.node.ref(self._manager.engines.address(loan.engine))
+        return self._manager.node.ref(self._engines.address(loan.engine))
 
     async def _compute(self, message: RemoteSend, transfer: Transfer, loan: Loan) -> KvComputed:
         """Have the engine compute what is not cached, and send each layer as it is done."""
@@ -193,7 +202,7 @@ class Sender:
                 yield MappedLane("inproc", manager.store, is_owner=False)
                 is_complete = True
             finally:
-                manager.on_close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))
+                manager.close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))
             return
         peer = await self._peers.enter(kv.manager, kv.epoch)
         closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=False)

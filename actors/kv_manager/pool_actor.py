@@ -1,0 +1,85 @@
+"""What the parts of a KV manager share: its pool, the books of it, and who waits for blocks."""
+
+import asyncio
+
+import msgspec
+
+from callboard.actors.actor import Actor
+from callboard.actors.protocol import CloseWrite, Done, OpenWrite, WriteOpened
+from callboard.kv.block_manager import BlockManager, Loan
+from callboard.kv.layout import KvLayout, StaleReservation
+from callboard.kv.page_store import PageStore
+
+from .queue import BlockQueue
+
+
+class PoolActor(Actor):
+    """An actor with a pool. The attributes without a value are set when it starts."""
+
+    class Config(msgspec.Struct, frozen=True):
+        """``pool_fd``: an inherited memfd. ``socket_dir``: where the pool is handed out, None within one process."""
+
+        name: str
+        layout: KvLayout
+        num_blocks: int
+        device: str = "cpu"
+        lease_s: float = 10.0
+        pool_fd: int | None = None
+        socket_dir: str | None = None
+
+    store: PageStore
+    epoch: str
+    pool_path: str
+    blocks: BlockManager
+    queue: BlockQueue
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.seal_waiters: dict[str, list[asyncio.Future[None]]] = {}
+        """Who waits for a reservation to be sealed, or to end, by its id."""
+
+    def end_loan(self, loan: Loan) -> None:
+        """Give a loan back to the pool."""
+        self.blocks.end_loan(loan)
+        self.changed()
+
+    def changed(self) -> None:
+        """Go on with whoever waited for what may have happened just now."""
+        self.queue.pump()
+        for reservation_id in list(self.seal_waiters):
+            if self.blocks.reservations.is_settled(reservation_id):
+                for waiter in self.seal_waiters.pop(reservation_id):
+                    if not waiter.done():
+                        waiter.set_result(None)
+
+    def open_write(self, message: OpenWrite, *, writer: str) -> WriteOpened:
+        """Let a writer into a reservation. Raises StaleReservation, BadRange."""
+        self.require_epoch(message.reservation_id, message.epoch)
+        self.blocks.reservations.open_write(
+            message.reservation_id,
+            message.write_id,
+            begin=message.begin,
+            end=message.end,
+            writer=writer,
+            now=self.node.clock.now(),
+        )
+        return WriteOpened(self.pool_path, self.config.num_blocks)
+
+    def close_write(self, message: CloseWrite) -> Done:
+        """Hear that a writer will never touch its slots again. A repeat does nothing. Raises StaleReservation."""
+        self.require_epoch(message.reservation_id, message.epoch)
+        try:
+            self.blocks.reservations.close_write(
+                message.reservation_id,
+                message.write_id,
+                is_complete=message.is_complete,
+                now=self.node.clock.now(),
+            )
+        finally:
+            self.changed()
+        return Done()
+
+    def require_epoch(self, reservation_id: str, epoch: str) -> None:
+        """Raise StaleReservation unless ``epoch`` is this pool's."""
+        if epoch != self.epoch:
+            raise StaleReservation(reservation_id=reservation_id, reason="this KV manager has been restarted since")
