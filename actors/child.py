@@ -80,10 +80,16 @@ class Child:
 
     async def _next_status(self) -> Status | None:
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
+        try:
+            line = await self._process.stdout.readline()
+        except ValueError:
+            return Status("failed", self.detail)  # A line without an end.
         if not line:
             return None
-        status = msgspec.json.decode(line, type=Status)
+        try:
+            status = msgspec.json.decode(line, type=Status)
+        except msgspec.MsgspecError:
+            return Status("failed", self.detail)  # Somebody else wrote to the pipe: its exit code must do.
         if status.state == "failed":
             self.detail = status.detail
         return status

@@ -31,6 +31,8 @@ from .run_dir import remove_run_dir
 
 log = logging.getLogger("callboard.process")
 
+MAX_DETAIL = 2000
+"""Characters of a sentence that the launcher is told."""
 HANG_S = 5.0
 
 
@@ -59,6 +61,8 @@ class Reporter:
     def __call__(self, state: Any, detail: str = "") -> None:
         self.has_been_ready |= state == "ready"
         try:
+            # A line that the launcher can read whatever was raised here: of bounded length, and of characters.
+            detail = detail[:MAX_DETAIL].encode(errors="replace").decode()
             os.write(self._fd, msgspec.json.encode(Status(state, detail)) + b"\n")
         except OSError:
             pass
@@ -143,8 +147,8 @@ async def serve(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stop: async
             log.info("stopping%s", f" ({crashes[0]})" if crashes else "")
         finally:
             await tasks.cancel()
-    if crashes:
-        report("failed", crashes[0])
+            if crashes:
+                report("failed", crashes[0])  # Before the stop, which may break on what is broken already.
     return not crashes
 
 

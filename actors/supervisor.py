@@ -118,6 +118,13 @@ class Supervisor:
                 self._change(spec, "ready")
                 if not ready.done():
                     ready.set_result(None)
+            if not is_ready:
+                # It has closed its pipe, and so is about to end: it may not hold the fleet up by not doing so.
+                try:
+                    async with asyncio.timeout(self._grace_s):
+                        await child.ended()
+                except TimeoutError:
+                    child.signal(signal.SIGKILL)
             code = await child.ended()
             if self._stopping.is_set():
                 self._change(spec, "stopped")

@@ -28,6 +28,7 @@ from .serving import Server
 from .taps import Tap
 from .tasks import Tasks
 from .transports.contract import Transport
+from .worker import Worker
 
 T = TypeVar("T")
 AfterCrash = Callable[[], Coroutine[Any, Any, None]]
@@ -96,7 +97,7 @@ class Node:
         self._is_stopping = True
         for name in self._server.names():
             self.remove(name)
-        # All of it, also where whoever stops it is cancelled: a socket left open blocks the end of its context for ever.
+        # All of it, even if whoever stops it is cancelled: a socket left open blocks the end of its context for ever.
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._crashes.cancel)
             stack.callback(self._end_local)
@@ -160,6 +161,10 @@ class Node:
             return function(*args, **kwargs)
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(None, call)
+
+    def worker(self) -> Worker:
+        """Return a thread of the caller's own (inline on a virtual clock); the caller closes it."""
+        return Worker(is_inline=self.clock.is_virtual)
 
     # ---- sending (Ref is the way in) -----------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ class Attachment:
         manager: Ref,
         message: Attach,
         *,
-        on_attached: Callable[[PageStore], None],
+        on_attached: Callable[[PageStore], Awaitable[None]],
         on_recall: Callable[[int], None],
         on_lost: Callable[[BusError], Awaitable[None]],
     ) -> None:
@@ -65,7 +65,7 @@ class Attachment:
                                 self._on_recall(item.num_blocks)
                                 continue
                             store = await self._map(item)
-                            self._on_attached(store)
+                            await self._on_attached(store)
                             self.is_attached, self.count = True, self.count + 1
                             self._attached.set()
                             retry_s = FIRST_RETRY_S

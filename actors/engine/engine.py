@@ -71,7 +71,9 @@ class Engine(Actor):
 
     async def start(self) -> None:
         config, node = self.config, self.node
-        self.runner = await node.run_blocking(make_runner, config)
+        # Everything that computes runs in this one thread, loading too (bus/worker.py).
+        self._worker = node.worker()
+        self.runner = await self._worker.run(make_runner, config)
         if config.runner == "simulated" and config.simulated.load_s:
             await node.clock.sleep(config.simulated.load_s)
         self.scheduler = Scheduler(
@@ -113,6 +115,7 @@ class Engine(Actor):
         self._is_stopping = True
         if self._started.is_set():
             await self._on_lost(ActorDied(f"{self.name}@{self.node.name} was stopped"))
+        self._worker.close()
 
     # ---- handlers ------------------------------------------------------------------------------------------------
 
@@ -275,7 +278,7 @@ class Engine(Actor):
         return result
 
     async def _in_thread(self, step: Step, on_layers: Callable[[int, int], object]) -> StepResult:
-        running = asyncio.ensure_future(self.node.run_blocking(self.runner.run, step, on_layers))
+        running = asyncio.ensure_future(self._worker.run(self.runner.run, step, on_layers))
         try:
             return await asyncio.shield(running)
         finally:
@@ -312,8 +315,8 @@ class Engine(Actor):
 
     # ---- the pool ------------------------------------------------------------------------------------------------
 
-    def _on_attached(self, store: PageStore) -> None:
-        self.runner.map_pool(store.view, store.num_blocks)
+    async def _on_attached(self, store: PageStore) -> None:
+        await self._worker.run(self.runner.map_pool, store.view, store.num_blocks)
         facts = self.runner.facts
         pool_len = store.num_blocks * self.config.block_size
         max_model_len = min(self.config.max_model_len or facts.max_model_len, facts.max_model_len, pool_len)

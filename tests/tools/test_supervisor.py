@@ -126,3 +126,25 @@ def test_a_run_directory_belongs_to_one_at_a_time(place: Any) -> None:
     assert is_locked(folder)
     os.close(successor)
     assert not is_locked(folder)
+
+
+CHATTY_ACTOR = '''\
+import os
+
+from callboard.actors.actor import Actor
+
+
+class Chatty(Actor):
+    """Fails with a sentence that is no text and has no end."""
+
+    async def start(self):
+        raise RuntimeError("\\ud800" + "x" * 1_000_000)
+'''
+
+
+async def test_whatever_a_node_says_of_its_failure_the_supervisor_reads_on(place: Any) -> None:
+    (place.folder / "chatty.py").write_text(CHATTY_ACTOR)
+    async with supervisor(place, []) as fleet:
+        with pytest.raises(NodeFailed, match=r"RuntimeError: .xxx"):
+            await fleet.start([spec(place, "chatty", "actor", "chatty:Chatty")])
+        assert fleet.error is None
