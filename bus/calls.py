@@ -7,24 +7,41 @@ error, a deadline, a broken link, its own cancellation), and whatever arrives fo
 import asyncio
 from collections import deque
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
+from .clock import Clock
 from .errors import ActorDied, AskTimeout, BusError, LinkLost, refusal_from_wire
-from .frames import TELL, Cancel, Credit, Fail
-
-if TYPE_CHECKING:
-    from .clock import Clock
-    from .link import Link
+from .frames import TELL, Cancel, Credit, Fail, Frame
 
 FOREVER = float("inf")
 DEFAULT_CREDIT = 256
 """Items a stream's receiver takes before it grants more; granted again at half."""
 
 
+class Pipe(Protocol):
+    """A link, as the two ends of a call see it."""
+
+    asked: "dict[int, Asked]"
+    served: "dict[int, Served]"
+
+    @property
+    def name(self) -> str:
+        """The peer's node name, as far as it is known."""
+
+    def next_id(self) -> int:
+        """Return a new id for something asked over the link."""
+
+    def post(self, frame: Frame) -> None:
+        """Queue a frame."""
+
+    def post_fail(self, fail: Fail) -> None:
+        """Queue a Fail, also one that does not encode as it is."""
+
+
 class Asked:
     """An ask or a stream this node sent, until its end."""
 
-    def __init__(self, link: "Link", decoder: Any) -> None:
+    def __init__(self, link: Pipe, decoder: Any) -> None:
         self.link = link
         self.id = link.next_id()
         self.decoder = decoder
@@ -69,7 +86,7 @@ class Asked:
 class PendingAsk(Asked):
     """An ask: one future."""
 
-    def __init__(self, link: "Link", decoder: Any) -> None:
+    def __init__(self, link: Pipe, decoder: Any) -> None:
         super().__init__(link, decoder)
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -89,7 +106,7 @@ class PendingAsk(Asked):
 class OpenStream(Asked):
     """A stream's receiving end: ``async for item in stream``. Buffers at most ``credit`` items."""
 
-    def __init__(self, link: "Link", decoder: Any, credit: int) -> None:
+    def __init__(self, link: Pipe, decoder: Any, credit: int) -> None:
         super().__init__(link, decoder)
         self._credit = credit
         self._taken = 0
@@ -154,9 +171,7 @@ class OpenStream(Asked):
 class Call:
     """What a handler may know of the call it serves (``current_call()``)."""
 
-    def __init__(
-        self, clock: "Clock", *, caller: str, caller_incarnation: str, request_id: str, timeout: float
-    ) -> None:
+    def __init__(self, clock: Clock, *, caller: str, caller_incarnation: str, request_id: str, timeout: float) -> None:
         self.caller = caller
         self.caller_incarnation = caller_incarnation
         self.request_id = request_id
@@ -192,7 +207,7 @@ def leave_call(token: Any) -> None:
 class Served(Call):
     """A tell, an ask or a stream this node serves, until its end."""
 
-    def __init__(self, link: "Link", call_id: int, kind: int, actor: str, **call: Any) -> None:
+    def __init__(self, link: Pipe, call_id: int, kind: int, actor: str, **call: Any) -> None:
         super().__init__(**call)
         self.link = link
         self.id = call_id

@@ -6,16 +6,14 @@ error, everything served over it is cancelled, and whoever wants to go on dials 
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from .calls import Asked, Served
 from .frames import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Bye, Fail, Frame, PeerInfo, encode_batch
 from .liveness import ProcessWatch
 from .transports.contract import Connection
-
-if TYPE_CHECKING:
-    from .calls import Asked, Served
 
 MAX_CUT_TEXT = 1000
 """Characters kept of the sentence of a Fail that did not encode."""

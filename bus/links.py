@@ -6,7 +6,7 @@ or over one the peer dialled if that was there first. A link that breaks is gone
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -15,12 +15,10 @@ from .errors import ActorDied, LinkLost
 from .frames import PROTOCOL_VERSION, Bye, Frame, Hello, PeerInfo, Ping, Pong, Refused, Welcome, decode_batch
 from .link import Link
 from .liveness import ProcessWatch, local_host, own_pid
+from .place import Place
+from .serving import Server
 from .tasks import Tasks
 from .transports.contract import Connection
-
-if TYPE_CHECKING:
-    from .node import Node
-    from .serving import Server
 
 log = logging.getLogger("callboard.bus")
 
@@ -48,7 +46,7 @@ class LinkConfig(msgspec.Struct, frozen=True):
 class Links:
     """All links of one node. It is the transport's listener."""
 
-    def __init__(self, node: "Node", encode: Any, config: LinkConfig, server: "Server") -> None:
+    def __init__(self, node: Place, encode: Any, config: LinkConfig, server: Server) -> None:
         self.num_refused = 0
         """Batches and peers turned away: malformed, out of order, of another fleet or version."""
         self._node = node

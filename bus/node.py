@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from .address import Address
-from .calls import FOREVER, Asked, OpenStream, PendingAsk, current_call
+from .calls import FOREVER, Asked, OpenStream, PendingAsk, Pipe, current_call
 from .clock import Clock
 from .errors import BusError, LinkLost
 from .frames import ASK, STREAM, TELL, Post
@@ -23,9 +23,9 @@ from .link import Link, LocalLink
 from .links import LinkConfig, Links
 from .mailbox import Mailbox
 from .messages import Message, answer_type
+from .place import Place
 from .ref import Items, Ref
 from .serving import Server
-from .taps import Tap
 from .tasks import Tasks
 from .transports.contract import Transport
 from .worker import Worker
@@ -37,7 +37,7 @@ log = logging.getLogger("callboard.bus")
 DEFAULT_TIMEOUT_S = 30.0
 
 
-class Node:
+class Node(Place):
     """A process's (or a test's) place on the bus. Use as ``async with Node("a", endpoint="ipc:///run/a.sock")``.
 
     ``endpoint`` may be left out by a node that only dials others. ``fleet`` keeps fleets apart: nodes of different
@@ -56,26 +56,24 @@ class Node:
         links: LinkConfig | None = None,
         on_crash: Callable[[str, BaseException], None] | None = None,
     ) -> None:
-        self.name = name
-        self.fleet = fleet
-        self.endpoint = endpoint
-        self.clock = clock or Clock()
         self.rng = random.Random(None if seed is None else f"{seed}/{name}")
-        self.incarnation = self.new_id()
-        self.tap: Tap | None = None
-        """Called once per message sent and received; None costs one attribute test."""
         if transport is None:
             from .transports.zmq import ZmqTransport
 
             transport = ZmqTransport()
-        self.transport = transport
-        self.exchange: dict[str, Any] | None = getattr(transport, "exchange", None)
-        """Objects shared with the other nodes of this process; None between processes."""
+        super().__init__(
+            name,
+            fleet=fleet,
+            endpoint=endpoint,
+            incarnation=self.new_id(),
+            clock=clock or Clock(),
+            transport=transport,
+        )
         self._encode = msgspec.msgpack.Encoder(enc_hook=_encode_ref).encode
         self._on_crash = on_crash
         self._after_crash: dict[str, AfterCrash] = {}
         self._crashes = Tasks(lambda error: log.error("while stopping a broken actor", exc_info=error))
-        self._server = Server(self)
+        self._server = Server(self, self.crash)
         self._links = Links(self, self._encode, links or LinkConfig(), self._server)
         self._local: LocalLink | None = None
         self._is_stopping = False
@@ -207,7 +205,7 @@ class Node:
             asked.timer = loop.call_later(timeout, asked.expire, f"{to} ({type(message).__name__})", timeout)
 
     def _post(
-        self, link: Link, to: Address, message: Message, kind: int, call_id: int, timeout: float | None, credit: int
+        self, link: Pipe, to: Address, message: Message, kind: int, call_id: int, timeout: float | None, credit: int
     ) -> Post:
         request_id = getattr(message, "request_id", "")
         if not isinstance(request_id, str):

@@ -1,14 +1,11 @@
 """Refs: how an actor is spoken to. They travel inside messages and work wherever they arrive."""
 
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .address import Address
 from .calls import DEFAULT_CREDIT
 from .messages import Ask, Stream, Tell
-
-if TYPE_CHECKING:
-    from .node import Node
 
 R = TypeVar("R")
 I = TypeVar("I")  # noqa: E741
@@ -26,12 +23,27 @@ class Items(Protocol[I_co]):
         """Return all items that are here now, without waiting; perhaps none."""
 
 
+class Sender(Protocol):
+    """What a ref needs of its node."""
+
+    def send_tell(self, to: Address, message: Tell) -> None:
+        """See Ref.tell."""
+
+    async def send_ask(self, to: Address, message: Ask[Any], timeout: float | None) -> Any:
+        """See Ref.ask."""
+
+    def open_stream(
+        self, to: Address, message: Stream[Any], timeout: float | None, credit: int
+    ) -> AbstractAsyncContextManager[Items[Any]]:
+        """See Ref.stream."""
+
+
 class Ref:
     """An actor, wherever it is, as seen from one node."""
 
     __slots__ = ("_node", "address")
 
-    def __init__(self, node: "Node", address: Address) -> None:
+    def __init__(self, node: Sender, address: Address) -> None:
         self._node = node
         self.address = address
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -12,10 +12,8 @@ from .errors import ActorDied, AskTimeout, BusError, LinkLost, NotUnderstood, Re
 from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Item, Post
 from .link import Link
 from .mailbox import Handler, Mailbox
+from .place import Place
 from .tasks import Tasks
-
-if TYPE_CHECKING:
-    from .node import Node
 
 log = logging.getLogger("callboard.bus")
 
@@ -23,10 +21,11 @@ log = logging.getLogger("callboard.bus")
 class Server:
     """The actors of one node and the calls they serve."""
 
-    def __init__(self, node: "Node") -> None:
+    def __init__(self, node: Place, crash: Callable[[str, BaseException], None]) -> None:
         self.num_refused = 0
         """Messages turned away at a mailbox."""
         self._node = node
+        self._crash = crash
         self._mailboxes: dict[str, Mailbox] = {}
         self._serving: dict[Served, None] = {}
         self._tasks = Tasks(lambda error: log.error("in a handler's task", exc_info=error))
@@ -224,7 +223,7 @@ class Server:
             fail = Fail(served.id, "actor_died", f"{where} crashed: {type(error).__name__}: {error}")
             if answer:
                 served.link.post_fail(fail)
-            self._node.crash(served.actor, error)
+            self._crash(served.actor, error)
             return
         if answer:
             served.link.post_fail(fail)
