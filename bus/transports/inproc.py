@@ -42,6 +42,12 @@ class InprocConnection:
         if other is not None:
             self._later(other._closed, "closed by the other side")
 
+    def cut(self) -> None:
+        """Break the pipe: what is under way in either direction is lost, and both ends hear of it."""
+        for end in (self, self.other):
+            if end is not None:
+                end._closed("cut")
+
     def _later(self, call: Any, argument: Any) -> None:
         loop = asyncio.get_running_loop()
         delay = self.transport.hub.delay(self.transport.endpoint, self.far)
@@ -72,7 +78,7 @@ class InprocTransport:
         self.hub = hub
         self.endpoint = ""
         self.exchange = hub.exchange
-        self._connections: dict[InprocConnection, None] = {}
+        self.connections: dict[InprocConnection, None] = {}
 
     async def start(self, endpoint: str, listener: Listener) -> str:
         if endpoint in self.hub.transports:
@@ -90,7 +96,7 @@ class InprocTransport:
             return near
         far = InprocConnection(peer, self.endpoint)
         near.other, far.other = far, near
-        self._connections[near] = peer._connections[far] = None
+        self.connections[near] = peer.connections[far] = None
         peer.listener.accepted(far)
         return near
 
@@ -99,10 +105,10 @@ class InprocTransport:
 
     def forget(self, connection: InprocConnection) -> None:
         """Drop a connection that was closed."""
-        self._connections.pop(connection, None)
+        self.connections.pop(connection, None)
 
     async def stop(self) -> None:
         if self.hub.transports.get(self.endpoint) is self:
             del self.hub.transports[self.endpoint]
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.close()

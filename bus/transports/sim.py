@@ -16,3 +16,9 @@ class SimHub(InprocHub):
 
     def delay(self, sender: str, receiver: str) -> float:
         return self._rng.uniform(self._min_s, self._max_s)
+
+    def cut(self, endpoint: str) -> None:
+        """Break one connection of the node at ``endpoint``, drawn from the seed; none where it has none."""
+        connections = list(self.transports[endpoint].connections)
+        if connections:
+            self._rng.choice(connections).cut()
