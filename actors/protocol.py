@@ -29,8 +29,9 @@ class Reserved(Message, frozen=True):
 
 
 class PrepRecv(Ask[Reserved], frozen=True):
-    """To a KV manager: match the prompt, reserve blocks for what is missing of ``prompt[:end]``, under a lease.
+    """To a KV manager: match the prompt and reserve blocks for the rest, under a lease.
 
+    Only what is missing of ``prompt[:end]`` may be written; what lies behind is room for the engine that adopts.
     A repeat for the same request, attempt and engine gets the same reservation. Raises OutOfBlocks when the blocks are
     not free within ``wait_s``, BadRange.
     """

@@ -181,6 +181,16 @@ class Fleet:
             await self.sees(name)
         return self.router
 
+    async def add_two(self, script: str = "disaggregate", **config: Any) -> None:
+        """Add a prefill engine, a decode engine and a router."""
+        await self.add_engine("prefill", "prefill")
+        await self.add_engine("decode", "decode")
+        await self.add_router(script, **config)
+
+    async def settle(self) -> None:
+        """Wait until what a client left behind is given back."""
+        await asyncio.sleep(3.0)
+
     async def sees(self, name: str) -> None:
         """Wait until the router, if there is one, knows an engine."""
         if hasattr(self, "router"):

@@ -1,10 +1,10 @@
-"""What the router does for every script: giving back, retries, admission, deadlines, the order of tokens."""
+"""What the router does for every request: giving back, retries, admission, deadlines."""
 
 import asyncio
 
 import pytest
 
-from callboard.actors.protocol import BadRequest, Generate, GetSubRequests, ListEntries, SamplingParams, SubRequest
+from callboard.actors.protocol import BadRequest, Generate, GetSubRequests, SamplingParams, SubRequest
 from callboard.bus import ActorDied, AskTimeout, LinkLost
 from callboard.kv.layout import OutOfBlocks
 from callboard.kv.tokens import pack_tokens
@@ -21,23 +21,12 @@ async def route(request: Request, fleet: Fleet):
 """
 
 
-async def settle():
-    await asyncio.sleep(3.0)
-
-
-async def two(fleet, script="disaggregate", **config):
-    await fleet.add_engine("prefill", "prefill")
-    await fleet.add_engine("decode", "decode")
-    await fleet.add_router(script, **config)
-    return fleet
-
-
 # ---- nothing is kept ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.099, 0.1, 0.1001, 0.105, 0.1101, 0.1115, 0.1125])
 async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(fleet, write_script, after_s):
-    await two(fleet, write_script(DISAGGREGATE))
+    await fleet.add_two(write_script(DISAGGREGATE))
     fleet.managers["kv-decode"].reserve_s = 0.1
 
     async def client():
@@ -48,13 +37,13 @@ async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(fleet, w
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await settle()
+    await fleet.settle()
     assert fleet.is_clean()
 
 
 @pytest.mark.parametrize("script", ["disaggregate", "unscoped"])
 async def test_a_client_that_leaves_after_any_number_of_steps_leaves_nothing_behind(fleet, write_script, script):
-    await two(fleet, write_script(DISAGGREGATE) if script == "unscoped" else script)
+    await fleet.add_two(write_script(DISAGGREGATE) if script == "unscoped" else script)
     for engine in fleet.engines.values():
         engine.token_s = 0.0
     for num_steps in range(120):
@@ -67,12 +56,12 @@ async def test_a_client_that_leaves_after_any_number_of_steps_leaves_nothing_beh
                 await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
-        await settle()
+        await fleet.settle()
         assert fleet.is_clean(), num_steps
 
 
 async def test_an_engine_stops_generating_when_the_client_breaks_off(fleet):
-    await two(fleet)
+    await fleet.add_two()
     async with fleet.stream(max_tokens=1000) as tokens:
         await anext(tokens)
         assert fleet.engines["decode"].num_open == 1
@@ -90,14 +79,14 @@ async def route(request: Request, fleet: Fleet):
     async for token in fleet.prefill[0].start_generate(request):
         yield token
 """
-    await two(fleet, write_script(body))
+    await fleet.add_two(write_script(body))
     await fleet.generate()
     assert [call[0] for call in fleet.managers["kv-decode"].calls] == ["prep_recv", "release"]
     assert fleet.is_clean()
 
 
 async def test_an_adopted_reservation_is_not_released(fleet):
-    await two(fleet)
+    await fleet.add_two()
     await fleet.generate()
     assert [call[0] for call in fleet.managers["kv-decode"].calls] == ["prep_recv"]
 
@@ -109,7 +98,7 @@ async def route(request: Request, fleet: Fleet):
     raise OSError("the script is wrong")
     yield
 """
-    await two(fleet, write_script(body))
+    await fleet.add_two(write_script(body))
     with pytest.raises(ScriptError, match=r"script.py:7: route raised OSError: the script is wrong"):
         await fleet.generate()
     assert fleet.is_clean()
@@ -123,7 +112,7 @@ async def route(request: Request, fleet: Fleet):
     async for token in fleet.decode[0].start_generate(request):
         yield token
 """
-    await two(fleet, write_script(body))
+    await fleet.add_two(write_script(body))
     assert await fleet.generate(max_tokens=5) == [100, 101, 102, 103, 104]
     await asyncio.sleep(0.01)
     assert fleet.is_clean()
@@ -150,7 +139,7 @@ async def test_a_request_is_tried_again_elsewhere_when_its_engine_dies_before_th
 
 
 async def test_a_request_whose_sender_dies_is_sent_by_another(fleet):
-    await two(fleet)
+    await fleet.add_two()
     await fleet.add_engine("prefill2", "prefill")
     fleet.managers["kv-prefill"].error = LinkLost("the peer is gone")
     assert await fleet.generate() == [100, 101, 102]
@@ -261,7 +250,7 @@ async def test_a_draining_engine_gets_no_new_requests(fleet):
 
 
 async def test_a_full_pool_is_an_answer_to_the_client(fleet):
-    await two(fleet)
+    await fleet.add_two()
     fleet.managers["kv-decode"].error = OutOfBlocks(needed=8, free=3)
     with pytest.raises(OutOfBlocks, match="8 blocks are needed and 3 are free"):
         await fleet.generate()
@@ -332,146 +321,11 @@ async def test_a_slow_reader_meets_the_deadline_when_it_reads_on(fleet):
 
 
 async def test_managers_are_told_how_long_they_may_wait(fleet):
-    await two(fleet, deadline_s=12.0)
+    await fleet.add_two(deadline_s=12.0)
     await fleet.generate(timeout=60.0)
     assert fleet.managers["kv-decode"].wait_s == pytest.approx(12.0, abs=0.1)
     await fleet.generate("again", timeout=7.0)
     assert fleet.managers["kv-decode"].wait_s == pytest.approx(7.0, abs=0.1)
-
-
-# ---- scripts that break the rules --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ("    if False:\n        yield\n", "route yielded nothing"),
-        ("    yield 7\n", "route yielded a int and not a Token"),
-        ("    yield None\n", "route yielded a NoneType and not a Token"),
-        ("    yield Token(3, 1)\n", "route yielded position 3 where 0 was due"),
-        ("    yield Token(0, 1)\n", "ended after 1 tokens, none of which was the last"),
-        ("    yield Token(0, 1)\n    yield Token(0, 1)\n", "route yielded position 0 where 1 was due"),
-        (
-            "    yield Token(0, 1, None, 'stop')\n    yield Token(1, 1)\n",
-            "route yielded a token after the last one",
-        ),
-        ("    yield Token(0, 1)\n    {}['x']\n", "script.py:6: route raised KeyError"),
-    ],
-)
-async def test_a_script_that_breaks_a_rule_is_told_so_and_the_fleet_lives_on(fleet, write_script, body, words):
-    await fleet.add_engine("a")
-    await fleet.add_router(write_script("async def route(request, fleet):\n" + body))
-    with pytest.raises(ScriptError) as refusal:
-        await fleet.generate()
-    assert words in str(refusal.value)
-    with pytest.raises(ScriptError):
-        await fleet.generate("again")
-    assert fleet.is_clean()
-
-
-async def test_a_failure_among_parallel_calls_is_the_failure(fleet, write_script):
-    body = """
-async def route(request: Request, fleet: Fleet):
-    async with asyncio.TaskGroup() as group:
-        for engine in fleet.engines:
-            group.create_task(reserve(engine, request))
-    yield
-
-async def reserve(engine, request):
-    async with engine.prep_recv(request) as kv:
-        await asyncio.sleep(10)
-"""
-    await two(fleet, write_script(body))
-    fleet.managers["kv-prefill"].error = OutOfBlocks(needed=8, free=3)
-    with pytest.raises(OutOfBlocks):
-        await fleet.generate()
-    await settle()
-    assert fleet.is_clean()
-
-
-RANGES = """
-async def route(request: Request, fleet: Fleet):
-    p, d = fleet.prefill[0], fleet.decode[0]
-    async with d.prep_recv(request, end={end}) as kv:
-        await p.remote_send(request, kv, begin={begin}, end={send_end})
-        async for token in d.start_generate(request, begin={start}, kv=kv):
-            yield token
-"""
-
-
-@pytest.mark.parametrize(
-    ("ranges", "words"),
-    [
-        ({"end": 41}, "[0, 41) is no range of a prompt of 40 tokens: 41 lies outside"),
-        ({"end": -41}, "-41 lies outside"),
-        ({"end": 20.5}, "bounds are integers"),
-        ({"begin": 30, "send_end": 20}, "[30, 20) is no range of a prompt of 40 tokens: it ends before it begins"),
-        ({"end": 20, "send_end": 30}, "the reservation ends at 20"),
-        ({"start": 41}, "41 lies outside"),
-    ],
-)
-async def test_an_invalid_range_is_refused_with_a_sentence(fleet, write_script, ranges, words):
-    bounds = {"end": None, "begin": None, "send_end": None, "start": None} | ranges
-    await two(fleet, write_script(RANGES.format(**bounds)))
-    with pytest.raises(ScriptError, match=r"script\.py:\d+: ") as refusal:
-        await fleet.generate()
-    assert words in str(refusal.value)
-    assert fleet.is_clean()
-
-
-async def test_bounds_may_count_from_the_end(fleet, write_script):
-    bounds = {"end": -1, "begin": -30, "send_end": -2, "start": -1}
-    await two(fleet, write_script(RANGES.format(**bounds)))
-    await fleet.generate()
-    assert fleet.managers["kv-decode"].calls == [("prep_recv", "r", 0, 39)]
-    assert fleet.managers["kv-prefill"].calls == [("remote_send", "r", "prefill", 10, 38)]
-    assert fleet.engines["decode"].calls == [("start_generate", "r", 0, 39, "r1")]
-
-
-async def test_what_the_receiver_has_is_not_sent_again(fleet, write_script):
-    bounds = {"end": None, "begin": 0, "send_end": None, "start": None}
-    await two(fleet, write_script(RANGES.format(**bounds)))
-    fleet.managers["kv-decode"].num_cached = 16
-    await fleet.generate()
-    assert fleet.managers["kv-prefill"].calls == [("remote_send", "r", "prefill", 16, 40)]
-
-
-# ---- what scripts see --------------------------------------------------------------------------------------------
-
-
-async def test_a_script_sees_the_request_and_the_fleet(fleet, write_script):
-    body = """
-async def route(request: Request, fleet: Fleet):
-    cached = await fleet.probe(request)
-    engine = best_match(fleet.engines, cached)
-    request.note(engine=engine.name, cached=cached[engine], first=request.prompt[:2], headers=request.headers)
-    assert [e.name for e in fleet.idlest(2)] and 0 < request.deadline <= 120 and request.num_tokens == 40
-    assert [e.name for e in fleet.with_role("prefill")] == ["prefill"] == [e.name for e in fleet.prefill]
-    assert engine.load.num_waiting == 1
-    async for token in engine.start_generate(request):
-        yield token
-"""
-    await two(fleet, write_script(body))
-    fleet.managers["kv-decode"].num_cached = 16
-    await fleet.generate(headers={"x": "y"})
-    why = {"engine": "decode", "cached": "16", "first": "[0, 1]", "headers": "{'x': 'y'}"}
-    assert fleet.router.spans.notes("r") == why
-
-
-async def test_a_router_is_in_the_directory_with_its_script(fleet):
-    await fleet.add_router("balanced")
-    await asyncio.sleep(0.1)
-    (entry,) = (await fleet.directory.ask(ListEntries())).entries
-    assert (entry.name, entry.kind, entry.detail["script"]) == ("main", "router", "balanced")
-    assert entry.detail["version"] == fleet.router.script.version
-
-
-def test_the_record_is_bounded():
-    spans = Spans(num_requests=3)
-    for number in range(10):
-        spans.add(SubRequest(f"r{number}", "prep_recv", "a", 0.0, 1.0))
-    assert len(spans) == 3
-    assert [s.request_id for s in spans.of_last(20)] == ["r7", "r8", "r9"]
 
 
 async def test_requests_are_routed_on_the_last_view_while_the_directory_is_away(fleet):
@@ -481,3 +335,11 @@ async def test_requests_are_routed_on_the_last_view_while_the_directory_is_away(
     await asyncio.sleep(30.0)
     assert fleet.router.view.is_stale
     assert await fleet.generate() == [100, 101, 102]
+
+
+def test_the_record_is_bounded():
+    spans = Spans(num_requests=3)
+    for number in range(10):
+        spans.add(SubRequest(f"r{number}", "prep_recv", "a", 0.0, 1.0))
+    assert len(spans) == 3
+    assert [s.request_id for s in spans.of_last(20)] == ["r7", "r8", "r9"]
