@@ -115,6 +115,9 @@ class Bye(Frame, frozen=True, tag=13):
     """The node stops in order; nothing follows. Answered with Bye: all before it was heard."""
 
 
+CALL_FRAMES = frozenset({Post, Answer, Item, End, Fail, Cancel, Credit})
+"""What belongs to calls; the others are the link's own affair."""
+
 AnyFrame = Hello | Welcome | Refused | Post | Answer | Item | End | Fail | Cancel | Credit | Ping | Pong | Bye
 
 decode_batch = msgspec.msgpack.Decoder(tuple[str, int, list[AnyFrame]]).decode

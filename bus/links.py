@@ -12,7 +12,19 @@ import msgspec
 
 from .address import Address
 from .errors import ActorDied, LinkLost
-from .frames import PROTOCOL_VERSION, Bye, Frame, Hello, PeerInfo, Ping, Pong, Refused, Welcome, decode_batch
+from .frames import (
+    CALL_FRAMES,
+    PROTOCOL_VERSION,
+    Bye,
+    Frame,
+    Hello,
+    PeerInfo,
+    Ping,
+    Pong,
+    Refused,
+    Welcome,
+    decode_batch,
+)
 from .link import Link
 from .liveness import ProcessWatch, local_host, own_pid
 from .place import Place
@@ -164,7 +176,9 @@ class Links:
             for frame in frames:
                 if link.is_broken:
                     return
-                if link.is_open:
+                if link.is_open and type(frame) in CALL_FRAMES:
+                    self._server.on_frame(link, frame)
+                elif link.is_open:
                     self._on_frame(link, frame)
                 else:
                     self._greet(link, frame, incarnation)
@@ -242,8 +256,6 @@ class Links:
                 self._break(link, LinkLost(f"{link.name} cut the link: this node {reason}"), "link_lost")
             case Hello() | Welcome():
                 self._turn_away(link, "greeted twice")
-            case _:
-                self._server.on_frame(link, frame)
 
     # ---- ends ----------------------------------------------------------------------------------------------------
 
