@@ -1,7 +1,6 @@
 """``callboard up``: start a fleet, in the foreground or detached, and say how to use it."""
 
 import argparse
-import asyncio
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import uvloop
 
 from .default_fleet import default_fleet
 from .errors import CliError, StartFailed
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(describe_started(started), flush=True)
         return 0
     with terminal_show() as show:
-        return asyncio.run(_launch(file, _with_farewell(show), is_detached=False))
+        return uvloop.run(_launch(file, _with_farewell(show), is_detached=False))
 
 
 def load(path: str | None, *, name: str | None, port: int | None) -> FleetFile:
@@ -77,7 +77,7 @@ def _run_daemon(file: FleetFile, fd: int) -> int:
     os.set_inheritable(fd, False)
     show = pipe_show(fd)
     try:
-        return asyncio.run(_launch(file, show, is_detached=True))
+        return uvloop.run(_launch(file, show, is_detached=True))
     except CliError as error:
         show(Event("failed", str(error), exit_code=error.exit_code))
         return error.exit_code

@@ -103,7 +103,9 @@ async def test_dialling_where_nobody_listens_keeps_no_descriptors(tmp_path: Path
         for i in range(60):
             with pytest.raises(LinkLost):
                 await b.ref(Address("x", f"ipc://{tmp_path}/{i}.sock", "x")).ask(Echo("x"))
-        assert len(os.listdir("/proc/self/fd")) < before + 30
+        async with asyncio.timeout(10):  # ZeroMQ closes them in a thread of its own.
+            while len(os.listdir("/proc/self/fd")) > before + 10:
+                await asyncio.sleep(0.01)
 
 
 async def test_an_endpoint_in_use_is_taken_and_a_dead_one_is_not(a: Node, tmp_path: Path) -> None:
@@ -144,14 +146,13 @@ async def test_a_peer_that_does_not_read_swallows_nobodys_input(tmp_path: Path) 
             while not heard.connections:
                 await asyncio.sleep(0.001)
             (full,) = heard.connections
-            num_refused = 0
-            while num_refused < 50:  # Full for good, not only until the I/O thread has caught up.
-                num_refused = 0 if full.send(bytes(60_000)) else num_refused + 1
-                await asyncio.sleep(0.001 if num_refused else 0)
+            while full.send(bytes(60_000)):
+                await asyncio.sleep(0)
             other.connect(endpoint)
             other.send(b"second")
             time.sleep(0.1)  # noqa: ASYNC251  It arrives while the loop is busy,
-            assert not full.send(bytes(60_000))  # and a send that fails sees it first.
+            while full.send(bytes(60_000)):  # and a send that fails sees it first, whatever had room meanwhile.
+                pass
             while heard.batches[1:] != [b"second"]:
                 await asyncio.sleep(0.001)
     await transport.stop()
