@@ -97,3 +97,34 @@ async def test_a_shared_thousand_tokens_is_computed_once(
         assert two.usage.num_cached_tokens == 992
         assert two.usage.num_computed_tokens == len(second) - 992
         assert_tokens_pass_oracle(smollm2, second, two.tokens, GREEDY)
+
+
+@pytest.mark.parametrize(("script", "engines"), [("round_robin", ("e",)), ("balanced", ("p", "d"))])
+@pytest.mark.parametrize(("num_requests", "num_blocks"), [(16, 96), (6, 6)], ids=["small budget", "small pool"])
+async def test_a_small_budget_or_a_small_pool_passes_the_oracle(
+    script: str,
+    engines: tuple[str, ...],
+    num_requests: int,
+    num_blocks: int,
+    smollm2_path: Path,
+    smollm2: PreTrainedModel,
+    prompts: list[list[int]],
+) -> None:
+    layout = layout_of(read_model_config(smollm2_path))
+    sampling = SamplingParams(max_tokens=14, ignore_eos=True)
+    work = [(prompt, sampling) for prompt in prompts[-num_requests:]]
+    async with running_fleet(
+        layout=layout,
+        model=smollm2_path,
+        engines=engines,
+        script=script,
+        num_blocks=num_blocks,
+        max_num_batched_tokens=max(len(prompt) for prompt, _ in work) - 1,
+    ) as fleet:
+        results = await at_once(fleet.generate, work)
+        for (prompt, _), got in zip(work, results, strict=True):
+            assert len(got.tokens) == sampling.max_tokens
+            assert_tokens_pass_oracle(smollm2, prompt, got.tokens, sampling)
+        num_preemptions = sum(got.usage.num_preemptions for got in results if got.usage)
+        assert (num_preemptions > 0) == (num_requests == 6)
+        await fleet.assert_nothing_leaks()
