@@ -101,10 +101,6 @@ class Links:
                 self._stopped(link)
             await self._node.transport.stop()
 
-    def snapshot(self) -> list[tuple[str, bool]]:
-        """Return (peer, is open) of every link, by name."""
-        return sorted((link.name, link.is_open) for link in self._by_connection.values())
-
     def to(self, address: Address) -> Link:
         """Return the link to a node, dialling if there is none."""
         key = _key(address.endpoint, address.node)

@@ -17,7 +17,7 @@ import msgspec
 from .address import Address
 from .calls import FOREVER, Asked, OpenStream, PendingAsk, Pipe, current_call
 from .clock import Clock
-from .errors import BusError, LinkLost
+from .errors import LinkLost
 from .frames import ASK, STREAM, TELL, Post
 from .link import Link, LocalLink
 from .links import LinkConfig, Links
@@ -250,15 +250,8 @@ class Node(Place):
             return Ref(self, msgspec.convert(value, Address))
         raise TypeError(f"{kind.__name__} does not travel on the bus")
 
-    def links_snapshot(self) -> list[tuple[str, bool]]:
-        """Return (peer, is open) of every link, by name."""
-        return self._links.snapshot()
-
 
 def _encode_ref(value: Any) -> Any:
     if isinstance(value, Ref):
         return value.address
     raise TypeError(f"{type(value).__name__} does not travel on the bus: messages are data (bus/messages.py)")
-
-
-__all__ = ["BusError", "Node"]
