@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.bench-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench gpu hooks clean
+.PHONY: help demo test chaos check fmt bench fuzz gpu hooks clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +26,10 @@ demo: $(STAMP)  ## Serve a question through two engines and show its sub-request
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest --durations=20 $(ARGS)
 
+SEEDS ?= 1000
+chaos: $(STAMP)  ## Simulate fleets under faults (SEEDS=10000 FIRST=0 JOBS=2); SEED=12 replays one, LOG=1 its whole log
+	@PYTHONPATH=tests $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED) $(if $(LOG),--log),--seeds $(SEEDS) $(if $(FIRST),--first $(FIRST)) $(if $(JOBS),--jobs $(JOBS)))
+
 check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,8 +39,16 @@ fmt: $(STAMP)  ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Run the benchmarks (ARGS=--quick for the short version)
+# What Callboard is measured against is installed only where it is measured.
+$(BENCH_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+bench: $(BENCH_STAMP)  ## Run the benchmarks (ARGS=--quick for the short version)
 	@set -e; for file in bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+fuzz: $(STAMP)  ## Send a million wrong messages (MESSAGES=20000 SEED=1 ONLY=fleet); REPLAY=FILE what failed
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(REPLAY),--replay $(REPLAY))
 
 gpu:  ## Run the GPU tests on this machine's GPU, with the Python that has CUDA (PYTHON=...); writes JSON
 	$(PYTHON) tests/gpu/run.py $(ARGS)

@@ -37,6 +37,10 @@ class NodeSpec(msgspec.Struct, frozen=True):
     actors: tuple[ActorSpec, ...]
     log: str
     directory: Address | None = None
+    keys: bytes | None = None
+    """The secret of the fleet's keys. It comes by the pipe alone: no argument, environment or file shows it."""
+    silent_s: float = 5.0
+    """A peer not heard of for so long is cut off."""
     cores: tuple[int, ...] = ()
     """The cores it is pinned to; empty means all that the launcher may use."""
     num_threads: int = 1
@@ -51,6 +55,9 @@ class NodeSpec(msgspec.Struct, frozen=True):
     restart: RestartPolicy = RestartPolicy()
     is_essential: bool = False
     """Without it there is no fleet: when it is given up, the fleet ends."""
+
+    def __repr__(self) -> str:
+        return f"NodeSpec({self.name!r})"  # Keys and API keys are in it: they must not get into a log.
 
 
 class Status(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -5,6 +5,8 @@ output carries Status lines. Standard error is the node's log.
 """
 
 import asyncio
+import functools
+import gc
 import importlib
 import logging
 import os
@@ -19,7 +21,8 @@ from typing import Any
 
 import msgspec
 
-from callboard.bus import BusError, Node
+from callboard.bus import BusError, LinkConfig, Node
+from callboard.bus.keys import FleetKeys
 from callboard.bus.tasks import Tasks
 
 from .actor import Actor, start_actor, stop_actor
@@ -125,7 +128,14 @@ async def _start(node: Node, spec: NodeSpec, actors: list[tuple[ActorSpec, Any]]
             stack.push_async_callback(stop_actor, resident)
 
 
-async def serve(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stop: asyncio.Event, report: Reporter) -> bool:
+async def serve(
+    spec: NodeSpec,
+    actors: list[tuple[ActorSpec, Any]],
+    stop: asyncio.Event,
+    report: Callable[..., object],
+    *,
+    make_node: Callable[..., Node] = Node,
+) -> bool:
     """Run a node until ``stop`` is set or an actor breaks; return whether all went well."""
     crashes: list[str] = []
 
@@ -134,7 +144,8 @@ async def serve(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stop: async
         stop.set()
 
     tasks = Tasks(lambda error: None)  # What fails in them is raised where they are awaited.
-    node = Node(spec.name, endpoint=spec.endpoint, fleet=spec.fleet, on_crash=on_crash)
+    options = {} if spec.keys is None else {"keys": FleetKeys(spec.keys, spec.fleet)}
+    node = make_node(spec.name, endpoint=spec.endpoint, fleet=spec.fleet, on_crash=on_crash, **options)
     async with node, AsyncExitStack() as stack:
         try:
             starting, stopping = tasks.spawn(_start(node, spec, actors, stack)), tasks.spawn(stop.wait())
@@ -214,8 +225,16 @@ async def _main(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], watch: Laun
     watch.ask(lambda: loop.call_soon_threadsafe(stop.set))
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     report("loading")
+
+    def tell(state: str, *more: str) -> None:
+        if state == "ready":  # What is loaded by now stays: full collections, which stop the loop, need not walk it.
+            gc.collect()
+            gc.freeze()
+        report(state, *more)
+
     try:
-        is_good = await serve(spec, actors, stop, report)
+        links = LinkConfig(ping_s=min(1.0, spec.silent_s / 5), silent_s=spec.silent_s)
+        is_good = await serve(spec, actors, stop, tell, make_node=functools.partial(Node, links=links))
         if stop.is_set() and not report.has_been_ready:
             # A thread that reads a model cannot be stopped, and the end of the loop would wait for it.
             if watch.is_orphan:

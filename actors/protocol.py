@@ -4,16 +4,16 @@ Prompts are int32 token bytes (kv/tokens.py). Ranges are half-open, in tokens of
 from the end; None means the whole prompt.
 """
 
-import msgspec
-
 from callboard.bus import Address, Ask, Message, Stream, Tell
 from callboard.kv.layout import KvLayout
 
 from .values import BadRequest as BadRequest
+from .values import Entry as Entry
 from .values import FinishReason as FinishReason
 from .values import KvAddr as KvAddr
 from .values import Load as Load
 from .values import SamplingParams as SamplingParams
+from .values import Stalled as Stalled
 from .values import Usage as Usage
 
 # ---- the three verbs, and around them ----------------------------------------------------------------------------
@@ -97,11 +97,12 @@ class StartGenerate(Stream[Token], frozen=True):
 
 
 class Probed(Message, frozen=True):
-    """How much of a prompt is cached here, and how full the pool is."""
+    """How much of a prompt is cached here, how full the pool is, and which start of its process answers."""
 
     num_cached_tokens: int
     free_blocks: int
     num_blocks: int
+    incarnation: str = ""
 
 
 class Probe(Ask[Probed], frozen=True):
@@ -136,6 +137,8 @@ class Attached(Message, frozen=True):
     num_blocks: int
     pool_path: str
     """A unix socket that hands out the pool's file descriptor, or ``inproc:NAME`` within one process."""
+    attachment: str = ""
+    """Names this tie. What names another is of one that is over; what names none, of whichever there is."""
 
 
 class Recall(Message, frozen=True):
@@ -173,6 +176,7 @@ class Admit(Ask[Admitted], frozen=True):
     tokens: bytes
     kv: KvAddr | None = None
     wait_s: float = 0.0
+    attachment: str = ""
 
 
 class Slab(Message, frozen=True):
@@ -187,6 +191,7 @@ class Refill(Ask[Slab], frozen=True):
     engine: str
     num_blocks: int
     wait_s: float = 0.0
+    attachment: str = ""
 
 
 class Give(Tell, frozen=True):
@@ -194,6 +199,7 @@ class Give(Tell, frozen=True):
 
     engine: str
     blocks: bytes
+    attachment: str = ""
 
 
 class Seal(Tell, frozen=True):
@@ -238,6 +244,7 @@ class ComputeKv(Stream[LayersDone | KvComputed], frozen=True):
     tokens: bytes
     block_table: bytes
     num_cached_tokens: int
+    attachment: str = ""
 
 
 # ---- KV manager and KV manager -----------------------------------------------------------------------------------
@@ -253,6 +260,8 @@ class Tie(Stream[Tied], frozen=True):
     """A sending KV manager's standing tie to a receiving one. Raises StaleReservation for another epoch."""
 
     epoch: str
+    writer: Address | None = None
+    """Where the sending one is: to be asked whether it is still the same process, if the tie breaks."""
 
 
 class WriteOpened(Message, frozen=True):
@@ -349,23 +358,6 @@ class GetSubRequests(Ask[SubRequests], frozen=True):
 # ---- directory ---------------------------------------------------------------------------------------------------
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """What the directory knows of an actor."""
-
-    name: str
-    kind: str
-    """engine, kv_manager, router, frontend, or what a user's actor calls itself."""
-    address: Address
-    state: str = "ready"
-    model: str = ""
-    roles: tuple[str, ...] = ()
-    device: str = ""
-    manager: Address | None = None
-    load: Load = Load()
-    detail: dict[str, str] = {}
-    pid: int = 0
-
-
 class View(Message, frozen=True):
     """Everybody whose lease holds, ordered by name."""
 
@@ -391,4 +383,4 @@ class ListEntries(Ask[View], frozen=True):
 
 
 class Watch(Stream[View], frozen=True):
-    """The view now, and again whenever it changes."""
+    """The view now, whenever it changes, and at least every second or so: silence means that it is stale."""

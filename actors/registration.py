@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from callboard.bus import FOREVER, BusError
+from callboard.bus import FOREVER, BusError, Items
 
 from .actor import Actor
 from .protocol import Entry, Register, Unregister, View, Watch
@@ -20,6 +20,8 @@ LAST_RETRY_S = 1.0
 COALESCE_S = 0.02
 """The least time between two renewals: an engine may report its load at every step."""
 UNREGISTER_S = 0.5
+STALE_S = 2.5
+"""A directory that is heard of every second and then not for so long is out of reach, whatever its link says."""
 
 
 class Registration:
@@ -63,6 +65,7 @@ class Registration:
 
     async def _register(self) -> bool:
         assert self._actor.directory is not None
+        self.entry = msgspec.structs.replace(self.entry, num_strangers=self._actor.node.num_strangers)
         try:
             await self._actor.directory.ask(Register(self.entry, self.lease_s), timeout=self.lease_s / 3)
         except BusError:
@@ -88,7 +91,8 @@ class DirectoryView:
     """The directory's last view, kept fresh by a task that the actor owns. Make it in the actor's ``start``.
 
     ``is_stale`` says that the directory is out of reach. When it returns, entries that it does not know again yet
-    are carried for ``carry_s``: a directory that restarted is filled by renewals, not at once.
+    are carried for ``carry_s``: one that restarted, or was cut off for longer than the leases, is filled by renewals,
+    not at once.
     """
 
     def __init__(self, actor: Actor, on_change: Callable[[View], None] | None = None, carry_s: float = 5.0) -> None:
@@ -134,7 +138,7 @@ class DirectoryView:
         while True:
             try:
                 async with self._actor.directory.stream(Watch(), timeout=FOREVER) as views:
-                    async for view in views:
+                    while (view := await self._next(views)) is not None:
                         retry_s = FIRST_RETRY_S
                         self._take(view)
             except BusError:
@@ -143,12 +147,26 @@ class DirectoryView:
             await self._actor.node.clock.sleep(retry_s * self._actor.node.rng.uniform(0.75, 1.25))
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
+    async def _next(self, views: Items[View]) -> View | None:
+        """Return the next view, None at the end; meanwhile see whether this one has become stale."""
+        while True:
+            try:
+                async with asyncio.timeout(STALE_S):
+                    return await anext(views, None)
+            except BusError:
+                raise
+            except TimeoutError:
+                self.is_stale = True
+
     def _take(self, view: View) -> None:
+        if not self.is_stale and view == self._view:
+            return
+        now = self._actor.node.clock.now()
         if self.is_stale and self.has_view:
-            self._carried = {entry.name: entry for entry in self.view.entries}
-            self._carry_until = self._actor.node.clock.now() + self._carry_s
-        for entry in view.entries:
-            self._carried.pop(entry.name, None)
+            self._carry_until = now + self._carry_s
+        if now < self._carry_until:  # The first view may be from before the leases lapsed.
+            known = {entry.name for entry in view.entries}
+            self._carried = {entry.name: entry for entry in self.view.entries if entry.name not in known}
         self._view, self.is_stale, self.has_view = view, False, True
         if self._on_change is not None:
             self._on_change(self.view)

@@ -69,3 +69,28 @@ class BadRequest(Refusal):
     """A request no engine of this fleet can serve as it is. The client must change it."""
 
     sentence = "{reason}"
+
+
+class Stalled(Refusal):
+    """A request that was cancelled because nobody read its tokens. Fields: request_id, stall_s."""
+
+    sentence = "request {request_id} was cancelled: nothing of it was read for {stall_s:.3g} s"
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """What the directory knows of an actor."""
+
+    name: str
+    kind: str
+    """engine, kv_manager, router, frontend, or what a user's actor calls itself."""
+    address: Address
+    state: str = "ready"
+    model: str = ""
+    roles: tuple[str, ...] = ()
+    device: str = ""
+    manager: Address | None = None
+    load: Load = Load()
+    detail: dict[str, str] = {}
+    pid: int = 0
+    num_strangers: int = 0
+    """Connections that its node has turned away, because they did not show the fleet's keys."""

@@ -5,12 +5,16 @@ import datetime
 import json
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+LOG_WIDTH = 160
+"""Characters of a table that is not shown on a terminal."""
 
 
 def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
@@ -53,25 +57,36 @@ def spread(values: Sequence[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def goal(name: str, value: float, limit: str) -> dict[str, Any]:
-    """Return a goal as the JSON has it; ``limit`` is such as ``<= 1.3`` or ``>= 0.7``."""
+def goal(name: str, found: float | Sequence[float], limit: str) -> dict[str, Any]:
+    """Return a goal as the JSON has it; ``limit`` is such as ``<= 1.3`` or ``>= 0.7``.
+
+    What was ``found`` in several rounds counts by its median, and its range is told with it.
+    """
     sign, number = limit.split()
+    value = found if isinstance(found, float) else median(found)
     holds = value <= float(number) if sign == "<=" else value >= float(number)
-    return {"name": name, "value": round(value, 4), "goal": limit, "holds": holds}
+    item = {"name": name, "value": round(value, 4), "goal": limit, "holds": holds}
+    return item if isinstance(found, float) else {**item, "range": [round(min(found), 4), round(max(found), 4)]}
 
 
 def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None) -> None:
     """Print the rows as one table and the goals under it; write the JSON if a path is given."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
     table = Table(title=name)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
-        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+        cells = [_cell(row.get(column)) for row in rows]
+        # Headings are folded to keep the table narrow, what stands under them is not.
+        width = max(map(len, [*cells, *column.split()]))
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right", width=width)
     for row in rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+        table.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(table)
     for item in goals:
-        console.print(f"{'holds' if item['holds'] else 'falls short'}: {item['name']} {item['value']} ({item['goal']})")
+        low, high = item.get("range", (None, None))
+        between = "" if low is None else f", {low} to {high}"
+        holds = "holds" if item["holds"] else "falls short"
+        console.print(f"{holds}: {item['name']} {item['value']} ({item['goal']}{between})", soft_wrap=True)
     if path:
         result = {
             "bench": name,
@@ -84,8 +99,8 @@ def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], p
 
 
 def _cell(value: object) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)

@@ -1,209 +1,161 @@
-"""How far is the bus from raw ZeroMQ?
+"""How far is the bus from raw ZeroMQ, and from what people would use instead?
 
-Two processes over ``ipc://``, messages of about 300 bytes. The floor is blocking pyzmq, one message at a time, no
-event loop: the least latency that ZeroMQ gives Python. Callboard goes through its public ask and stream, with
-handlers that are plain functions and handlers that are coroutines. Rounds alternate; ratios are of the same round.
+Every side has a server and a client, each in a process of its own: clients stay on one core, servers on another (a
+broker on the cores that are left, or on both). All asyncio sides run uvloop at both ends, reuse their connections,
+log nothing, carry the same 280 characters in a message (about 300 bytes with its envelope), and are measured by the
+same loops (``_bus_load.py``); each side's file in ``_bus_peers`` says what it does and why that is its best. Every
+latency has two wake-ups of another core in it, as between processes that work at the same time.
+
+Rounds alternate: in each, every measure is taken of all sides one after the other, and a ratio is of the same
+measure in the same round. Goals are medians of these ratios, with their range. Events come from 64 streams: in
+``steps`` every stream gets one in each pass of the server's loop, as the steps of an engine give them; in ``free``
+producers run freely, and give way after every 8 events, as polite coroutines do (floor and limit have nobody to give
+way to). CPU is of all processes of a side, kernel and threads included.
 """
 
-import asyncio
-import subprocess
+import contextlib
+import os
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import uvloop
-import zmq
-from _report import arguments, goal, median, percentile, report, spread
+from _bus_load import STREAMS as NUM_STREAMS
+from _bus_load import Measured, Order
+from _bus_results import (
+    COROUTINES,
+    FASTAPI,
+    FLOOR,
+    GRPC,
+    GRPC_BATCHED,
+    GRPC_ONE,
+    LIMIT,
+    NATS,
+    PLAIN,
+    RAW,
+    STREAMS,
+    goals,
+    rate,
+    rows,
+)
+from _bus_sides import Side, cores, start_all, what_lacks
+from _report import arguments, report
+from rich.console import Console
+from rich.progress import Progress
 
-from callboard.bus import Address, Ask, Message, Node, Stream
-
-TEXT = "x" * 280
-IN_FLIGHT = 256
-STREAMS = 64
-
-
-class Reply(Message, frozen=True):
-    text: str
-
-
-class Inline(Ask[Reply], frozen=True):
-    text: str
-
-
-class Task(Ask[Reply], frozen=True):
-    text: str
-
-
-class Events(Stream[Reply], frozen=True):
-    count: int
-
-
-class Server:
-    """The far side."""
-
-    def on_inline(self, message: Inline) -> Reply:
-        return Reply(message.text)
-
-    async def on_task(self, message: Task) -> Reply:
-        return Reply(message.text)
-
-    async def on_events(self, message: Events) -> AsyncIterator[Reply]:
-        reply = Reply(TEXT)
-        for i in range(message.count):
-            yield reply
-            if i % 8 == 0:
-                await asyncio.sleep(0)
+SIDES = ("floor", "limit", "callboard", "grpc", "fastapi", "nats")
+BUSY_LOAD = 0.5
+WARM_UP_S = 0.2
+WARM_UP_EVENTS = 200
+"""Events of each stream."""
 
 
-async def serve_callboard(endpoint: str) -> None:
-    async with Node("server", endpoint=endpoint) as node:
-        node.add("server", Server())
-        print("ready", flush=True)
-        await asyncio.Event().wait()
+@dataclass
+class Measure:
+    """One thing measured of one side, and what it gave in each round."""
+
+    side: str
+    row: str
+    name: str
+    """Only measures of the same name are compared."""
+    kind: str = ""
+    """The side's own word for how it does it."""
+    count: int = WARM_UP_EVENTS
+    rounds: list[Measured] = field(default_factory=list)
+
+    def take(self, side: Side, seconds: float) -> Measured:
+        measure = {"tokens": "latency", "steps": "events", "free": "events"}.get(self.name, self.name)
+        return side.measure(Order(measure, self.kind, seconds, self.count))
+
+    def warm_up(self, side: Side, seconds: float) -> None:
+        """Measure unseen, and learn how many events fill the time."""
+        self.count = max(1, int(rate(self.take(side, min(seconds, WARM_UP_S))) * seconds / NUM_STREAMS))
 
 
-def serve_floor(endpoint: str) -> None:
-    """Echo; a message that begins with ``S`` asks for that many events."""
-    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    router.setsockopt(zmq.SNDHWM, 0)
-    router.bind(endpoint)
-    print("ready", flush=True)
-    event = TEXT.encode()
-    while True:
-        peer, body = router.recv_multipart()
-        if body[:1] == b"S":
-            for _ in range(int(body[1:])):
-                router.send_multipart((peer, event))
-        else:
-            router.send_multipart((peer, body))
+def measures() -> list[Measure]:
+    """Return all there is to measure, those that are compared close together."""
+    return [
+        Measure("floor", FLOOR, "tokens", "tokens"),
+        Measure("floor", FLOOR, "latency"),
+        Measure("callboard", PLAIN, "latency", "plain"),
+        Measure("callboard", PLAIN, "tokens", "tokens"),
+        Measure("callboard", COROUTINES, "latency", "coroutine"),
+        Measure("grpc", GRPC, "latency"),
+        Measure("fastapi", FASTAPI, "latency"),
+        Measure("nats", NATS, "latency"),
+        Measure("limit", LIMIT, "requests"),
+        Measure("floor", FLOOR, "requests"),
+        Measure("callboard", PLAIN, "requests", "plain"),
+        Measure("callboard", COROUTINES, "requests", "coroutine"),
+        Measure("grpc", GRPC, "requests"),
+        Measure("fastapi", FASTAPI, "requests"),
+        Measure("nats", NATS, "requests"),
+        Measure("limit", RAW, "free", "raw"),
+        Measure("floor", FLOOR, "free"),
+        Measure("limit", LIMIT, "free"),
+        Measure("callboard", STREAMS, "free", "free"),
+        Measure("grpc", GRPC, "free", "free"),
+        Measure("grpc", GRPC_BATCHED, "free", "batched free"),
+        Measure("grpc", GRPC_ONE, "free", "one free"),
+        Measure("fastapi", FASTAPI, "free", "free"),
+        Measure("nats", NATS, "free", "free"),
+        Measure("callboard", STREAMS, "steps", "steps"),
+        Measure("grpc", GRPC, "steps", "steps"),
+        Measure("grpc", GRPC_BATCHED, "steps", "batched steps"),
+        Measure("grpc", GRPC_ONE, "steps", "one steps"),
+        Measure("fastapi", FASTAPI, "steps", "steps"),
+        Measure("nats", NATS, "steps", "steps"),
+    ]
 
 
-class Floor:
-    """The near side of blocking pyzmq."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.dealer.setsockopt(zmq.LINGER, 0)
-        self.dealer.setsockopt(zmq.RCVHWM, 0)
-        self.dealer.connect(endpoint)
-
-    def round(self, scale: int) -> dict[str, float]:
-        body = TEXT.encode()
-        times = []
-        for _ in range(2 * scale):
-            start = time.perf_counter()
-            self.dealer.send(body)
-            self.dealer.recv()
-            times.append(time.perf_counter() - start)
-        total = 10 * scale
-        start = time.perf_counter()
-        for _ in range(IN_FLIGHT):
-            self.dealer.send(body)
-        for _ in range(total - IN_FLIGHT):
-            self.dealer.recv()
-            self.dealer.send(body)
-        for _ in range(IN_FLIGHT):
-            self.dealer.recv()
-        requests = total / (time.perf_counter() - start)
-        start = time.perf_counter()
-        self.dealer.send(b"S%d" % (20 * scale))
-        for _ in range(20 * scale):
-            self.dealer.recv()
-        return _numbers(times, requests, 20 * scale / (time.perf_counter() - start))
+def run(sides: dict[str, Side], rounds: int, seconds: float, console: Console) -> list[Measure]:
+    """Warm everything up, then take every measure in every round, in turn forwards and backwards."""
+    taken = [measure for measure in measures() if measure.side in sides]
+    # Drawn between measures only: a thread that draws would take time from what is measured.
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=(rounds + 1) * len(taken))
+        for number in range(rounds + 1):
+            where = f"round {number} of {rounds}" if number else "warm-up"
+            if not console.is_terminal:
+                console.print(where)
+            for measure in taken if number % 2 == 0 else reversed(taken):
+                progress.update(task, description=f"{where}: {measure.row}, {measure.name}", refresh=True)
+                if number == 0:
+                    measure.warm_up(sides[measure.side], seconds)
+                else:
+                    measure.rounds.append(measure.take(sides[measure.side], seconds))
+                progress.advance(task)
+    return taken
 
 
-async def callboard_round(client: Node, endpoint: str, kind: type[Any], scale: int) -> dict[str, float]:
-    ref = client.ref(Address("server", endpoint, "server"))
-    times = []
-    for _ in range(2 * scale):
-        start = time.perf_counter()
-        await ref.ask(kind(TEXT))
-        times.append(time.perf_counter() - start)
-
-    async def ask(count: int) -> None:
-        for _ in range(count):
-            await ref.ask(kind(TEXT))
-
-    each = 10 * scale // IN_FLIGHT
-    start = time.perf_counter()
-    await asyncio.gather(*(ask(each) for _ in range(IN_FLIGHT)))
-    requests = each * IN_FLIGHT / (time.perf_counter() - start)
-
-    async def listen(count: int) -> None:
-        async with ref.stream(Events(count)) as items:
-            async for _ in items:
-                pass
-
-    each = 20 * scale // STREAMS
-    start = time.perf_counter()
-    await asyncio.gather(*(listen(each) for _ in range(STREAMS)))
-    return _numbers(times, requests, each * STREAMS / (time.perf_counter() - start))
-
-
-def _numbers(times: list[float], requests: float, events: float) -> dict[str, float]:
-    return {
-        "p50 us": 1e6 * median(times),
-        "p99 us": 1e6 * percentile(times, 0.99),
-        "requests/s": requests,
-        "events/s": events,
-    }
-
-
-async def main() -> None:
-    options = arguments(__doc__ or "", rounds={"type": int, "default": 7})
-    rounds, scale = (3, 500) if options.quick else (options.rounds, 2000)
-    done: dict[str, list[dict[str, float]]] = {"floor": [], "plain functions": [], "coroutines": []}
-    with tempfile.TemporaryDirectory() as folder:
-        servers = []
-        for side in ("floor", "callboard"):
-            command = [sys.executable, __file__, side, f"ipc://{folder}/{side}"]
-            servers.append(subprocess.Popen(command, stdout=subprocess.PIPE))
-        try:
-            for server in servers:
-                assert server.stdout is not None
-                assert server.stdout.readline() == b"ready\n"
-            floor, endpoint = Floor(f"ipc://{folder}/floor"), f"ipc://{folder}/callboard"
-            async with Node("client") as client:
-                floor.round(200)
-                await callboard_round(client, endpoint, Task, 200)
-                for _ in range(rounds):
-                    done["floor"].append(floor.round(scale))
-                    done["plain functions"].append(await callboard_round(client, endpoint, Inline, scale))
-                    done["coroutines"].append(await callboard_round(client, endpoint, Task, scale))
-        finally:
-            for server in servers:
-                server.kill()
-                server.wait()
-    _report(done, options.json)
-
-
-def _report(done: dict[str, list[dict[str, float]]], path: str | None) -> None:
-    def ratios(side: str, name: str) -> list[float]:
-        return [mine[name] / its[name] for mine, its in zip(done[side], done["floor"], strict=True)]
-
-    rows = []
-    for side, found in done.items():
-        row: dict[str, Any] = {"side": side}
-        for name in found[0]:
-            row[name] = median([each[name] for each in found])
-            row[f"{name} over floor"] = spread(ratios(side, name))
-        rows.append(row)
-    limits = {"plain functions": ("<= 1.3", ">= 1.5"), "coroutines": ("<= 1.5", ">= 1.0")}
-    goals = []
-    for side, (p50, requests) in limits.items():
-        goals.append(goal(f"{side}: p50 over floor", median(ratios(side, "p50 us")), p50))
-        goals.append(goal(f"{side}: requests/s over floor", median(ratios(side, "requests/s")), requests))
-    goals.append(goal("events/s over floor", median(ratios("coroutines", "events/s")), ">= 5.0"))
-    report("bus", rows, goals, path)
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        rounds={"type": int, "default": 15, "help": "rounds of all sides (15)"},
+        seconds={"type": float, "default": 0.5, "help": "the length of one measure (0.5)"},
+        sides={"default": ",".join(SIDES), "help": f"which sides to run ({','.join(SIDES)})"},
+        unpinned={"action": "store_true", "help": "leave all processes to the system's scheduler"},
+    )
+    rounds, seconds = (3, 0.2) if options.quick else (options.rounds, options.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # What is up is ended on the way out.
+    console = Console(stderr=True)
+    wanted = options.sides.split(",")
+    if unknown := set(wanted) - set(SIDES):
+        sys.exit(f"there is no side {', '.join(sorted(unknown))}: the sides are {', '.join(SIDES)}")
+    for name in wanted:
+        if lacks := what_lacks(name):
+            console.print(f"{name} is left out: {lacks}")
+    where = cores(is_pinned=not options.unpinned)
+    console.print(f"{where}; {rounds} rounds, {seconds} s a measure")
+    if (load := os.getloadavg()[0]) > BUSY_LOAD:
+        console.print(f"this machine is busy (load {load:.1f}): sides that need more processor time lose more by it")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        sides = start_all([name for name in wanted if not what_lacks(name)], Path(folder), where, stack)
+        taken = run(sides, rounds, seconds, console)
+    rounds_of = {(measure.row, measure.name): measure.rounds for measure in taken}
+    report("bus", rows(rounds_of), goals(rounds_of), options.json)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["floor"]:
-        serve_floor(sys.argv[2])
-    elif sys.argv[1:2] == ["callboard"]:
-        uvloop.run(serve_callboard(sys.argv[2]))
-    else:
-        uvloop.run(main())
+    main()

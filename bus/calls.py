@@ -6,16 +6,22 @@ error, a deadline, a broken link, its own cancellation), and whatever arrives fo
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Protocol, Self
 
+import msgspec
+
 from .clock import Clock
-from .errors import ActorDied, AskTimeout, BusError, LinkLost, refusal_from_wire
+from .deadlines import Slot
+from .errors import ActorDied, AskTimeout, BusError, LinkLost, Refusal, refusal_from_wire
 from .frames import TELL, Cancel, Credit, Fail, Frame
 
 FOREVER = float("inf")
 DEFAULT_CREDIT = 256
 """Items a stream's receiver takes before it grants more; granted again at half."""
+
+_decode_run = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 
 
 class Pipe(Protocol):
@@ -23,16 +29,24 @@ class Pipe(Protocol):
 
     asked: "dict[int, Asked]"
     served: "dict[int, Served]"
+    peer_node: str
+    """The peer's node name; "" until it is known."""
+    peer_incarnation: str
+    last_heard: float
+    """When the peer's last batch came, on the node's clock."""
 
     @property
     def name(self) -> str:
-        """The peer's node name, as far as it is known."""
+        """The peer's node name or endpoint, as far as it is known."""
 
     def next_id(self) -> int:
         """Return a new id for something asked over the link."""
 
     def post(self, frame: Frame) -> None:
         """Queue a frame."""
+
+    def post_item(self, stream: int, item: Any) -> None:
+        """Queue an item of a stream that is served."""
 
     def post_fail(self, fail: Fail) -> None:
         """Queue a Fail, also one that does not encode as it is."""
@@ -41,38 +55,48 @@ class Pipe(Protocol):
 class Asked:
     """An ask or a stream this node sent, until its end."""
 
-    def __init__(self, link: Pipe, decoder: Any) -> None:
+    __slots__ = ("decode", "id", "is_open", "link", "slot", "what")
+
+    def __init__(self, link: Pipe, decode: Any) -> None:
         self.link = link
         self.id = link.next_id()
-        self.decoder = decoder
-        self.timer: asyncio.TimerHandle | None = None
+        self.decode = decode
+        """Turns an answer, or a list of items, into its type; one of the wrong type is the far side's bug."""
+        self.is_open = True
+        self.slot: Slot | None = None
+        self.what: tuple[Any, type, float] | None = None
+        """The address, the message's type and the seconds given, for the sentence about its deadline."""
         link.asked[self.id] = self
 
     def forget(self) -> bool:
         """Take this out of the link's table; return whether it was still there."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        return self.link.asked.pop(self.id, None) is not None
+        was_open, self.is_open = self.is_open, False
+        if was_open:
+            if self.slot is not None:
+                self.slot.pop(self, None)
+            self.link.asked.pop(self.id, None)
+        return was_open
 
     def cancel(self) -> None:
         """Tell the far side that nobody waits any more. A repeat does nothing."""
         if self.forget():
             self.link.post(Cancel(self.id))
 
-    def expire(self, to: str, timeout: float) -> None:
+    def expire(self) -> None:
         """End with AskTimeout and cancel the far side."""
         if self.forget():
             self.link.post(Cancel(self.id))
-            self.fail(AskTimeout(f"{to} did not answer within {timeout:.3g} s"))
-
-    def decode(self, body: Any) -> Any:
-        """Return an answer as its type; one of the wrong type is the far side's bug."""
-        return self.decoder(body)
+            assert self.what is not None
+            to, message_type, timeout = self.what
+            self.fail(AskTimeout(f"{to} ({message_type.__name__}) did not answer within {timeout:.3g} s"))
 
     def answer(self, body: Any) -> None:
-        """Take the answer or an item."""
-        raise AssertionError
+        """Take an ask's answer. Raises ValueError where this is a stream, or what ``decode`` raises."""
+        raise ValueError("a stream is not answered")
+
+    def items(self, body: Any) -> None:
+        """Take items of a stream. Raises ValueError where this is an ask, or beyond the credit granted."""
+        raise ValueError("an ask has no items")
 
     def end(self) -> None:
         """Take a stream's end."""
@@ -86,16 +110,29 @@ class Asked:
 class PendingAsk(Asked):
     """An ask: one future."""
 
-    def __init__(self, link: Pipe, decoder: Any) -> None:
-        super().__init__(link, decoder)
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    __slots__ = ("future",)
+
+    def __init__(self, link: Pipe, decode: Any, loop: asyncio.AbstractEventLoop) -> None:
+        # Hot: once per ask (bench/bus.py); what Asked does, without the call.
+        self.link = link
+        self.id = call_id = link.next_id()
+        self.decode = decode
+        self.is_open = True
+        self.slot = self.what = None
+        link.asked[call_id] = self
+        self.future: asyncio.Future[Any] = loop.create_future()
 
     def answer(self, body: Any) -> None:
-        self.forget()
+        answer = self.decode(body)
+        self.is_open = False
+        if self.slot is not None:
+            self.slot.pop(self, None)
+        del self.link.asked[self.id]
         if not self.future.done():
-            self.future.set_result(self.decode(body))
+            self.future.set_result(answer)
 
     def end(self) -> None:
+        self.forget()
         self.fail(LinkLost("a stream's end came as the answer of an ask"))
 
     def fail(self, error: BusError) -> None:
@@ -106,18 +143,41 @@ class PendingAsk(Asked):
 class OpenStream(Asked):
     """A stream's receiving end: ``async for item in stream``. Buffers at most ``credit`` items."""
 
-    def __init__(self, link: Pipe, decoder: Any, credit: int) -> None:
-        super().__init__(link, decoder)
+    __slots__ = ("_credit", "_error", "_is_ended", "_items", "_loop", "_room", "_taken", "_wake")
+
+    def __init__(self, link: Pipe, decode: Any, loop: asyncio.AbstractEventLoop, credit: int) -> None:
+        super().__init__(link, decode)
+        self._loop = loop
         self._credit = credit
+        self._room = credit
+        """Items the far side may still send."""
         self._taken = 0
         self._items: deque[Any] = deque()
         self._error: BusError | None = None
         self._is_ended = False
         self._wake: asyncio.Future[None] | None = None
 
-    def answer(self, body: Any) -> None:
-        self._items.append(self.decode(body))
-        self._notify()
+    def items(self, body: Any) -> None:
+        # Hot: once per frame of items (bench/bus.py).
+        try:
+            items = self.decode(body)
+        except Exception:
+            self._take_good(body)
+            raise
+        self._room -= len(items)
+        if self._room < 0:
+            self._items += items[: self._room]
+            raise ValueError(f"more than the {self._credit} items it had credit for")
+        self._items += items
+        wake = self._wake
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    def _take_good(self, body: Any) -> None:
+        """Keep the items before the first bad one: which of them share its frame is chance."""
+        with suppress(Exception):
+            for item in _decode_run(body)[: self._room]:
+                self._items += self.decode(b"\x91" + item)  # As an array of one.
 
     def end(self) -> None:
         self.forget()
@@ -142,88 +202,117 @@ class OpenStream(Asked):
         """Return all items that are here now, without waiting; perhaps none."""
         items = list(self._items)
         self._items.clear()
-        self._grant(len(items))
+        self._taken += len(items)
+        if self._taken * 2 >= self._credit:
+            self._grant()
         return items
 
-    def _grant(self, count: int) -> None:
-        self._taken += count
-        if self._taken * 2 >= self._credit and not self._is_ended:
+    def _grant(self) -> None:
+        if not self._is_ended:
+            self._room += self._taken
             self.link.post(Credit(self.id, self._taken))
-            self._taken = 0
+        self._taken = 0
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
-        while not self._items:
+        items = self._items
+        while not items:
             if self._is_ended:
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
             # Not cleared afterwards: by the time a cancelled reader gets here, another may be waiting.
-            wake = self._wake = asyncio.get_running_loop().create_future()
+            wake = self._wake = self._loop.create_future()
             await wake
-        item = self._items.popleft()
-        self._grant(1)
-        return item
+        self._taken += 1
+        if self._taken * 2 >= self._credit:
+            self._grant()
+        return items.popleft()
 
 
 class Call:
     """What a handler may know of the call it serves (``current_call()``)."""
 
-    def __init__(self, clock: Clock, *, caller: str, caller_incarnation: str, request_id: str, timeout: float) -> None:
-        self.caller = caller
-        self.caller_incarnation = caller_incarnation
-        self.request_id = request_id
-        self.ended = ""
-        """Why the handler was cancelled: cancelled, timeout, actor_died, link_lost or stopped; "" while it runs."""
-        self._clock = clock
-        self._deadline = clock.now() + timeout
+    __slots__ = ("_clock", "_deadline", "caller", "caller_incarnation", "ended", "request_id")
+
+    caller: str
+    """The asking node."""
+    caller_incarnation: str
+    request_id: str
+    ended: str
+    """Why the handler was cancelled: cancelled, timeout, actor_died, link_lost, stopped or failed; "" while it runs."""
+    _clock: Clock
+    _deadline: float
 
     def remaining_s(self) -> float:
         """Return the seconds until the deadline, not below 0; infinite for standing streams."""
         return max(0.0, self._deadline - self._clock.now())
 
+    def fail(self, error: BusError) -> None:
+        """End the call with ``error`` and cancel its handler, if it has not ended yet; ``ended`` is then "failed".
+
+        For whoever watches over a handler: that of a stream nobody reads cannot raise, it waits for credit.
+        """
+        raise AssertionError
+
 
 _CURRENT: ContextVar[Call | None] = ContextVar("callboard_call", default=None)
 """Follows asyncio tasks: what a handler awaits or spawns inherits its deadline."""
 
-
-def current_call() -> Call | None:
-    """Return the call being served, None outside of handlers."""
-    return _CURRENT.get()
-
-
-def enter_call(call: Call | None) -> Any:
-    """Make ``call`` the current one; returns what leave_call needs."""
-    return _CURRENT.set(call)
+current_call = _CURRENT.get
+"""Return the call being served, None outside of handlers."""
+enter_call = _CURRENT.set
+"""Make a call, or None, the current one; returns what leave_call needs."""
+leave_call = _CURRENT.reset
+"""Undo enter_call."""
 
 
-def leave_call(token: Any) -> None:
-    """Undo enter_call."""
-    _CURRENT.reset(token)
+class Dropper(Protocol):
+    """What a served call needs of its server."""
+
+    def drop(self, served: "Served") -> None:
+        """Forget a call that will never begin."""
 
 
 class Served(Call):
     """A tell, an ask or a stream this node serves, until its end."""
 
-    def __init__(self, link: Pipe, call_id: int, kind: int, actor: str, **call: Any) -> None:
-        super().__init__(**call)
+    __slots__ = ("_room", "actor", "credit", "has_begun", "id", "is_open", "kind", "link", "server", "task")
+
+    def __init__(
+        self,
+        server: Dropper,
+        link: Pipe,
+        call_id: int,
+        kind: int,
+        actor: str,
+        clock: Clock,
+        request_id: str,
+        timeout: float | None,
+    ) -> None:
+        # Hot: once per message (bench/bus.py), so nothing here calls anything.
+        self.server = server
+        self.caller = link.peer_node
+        self.caller_incarnation = link.peer_incarnation
+        self.request_id = request_id
+        self.ended = ""
+        self._clock = clock
+        self._deadline = FOREVER if timeout is None else link.last_heard + timeout
         self.link = link
         self.id = call_id
         self.kind = kind
         self.actor = actor
         self.is_open = True
         self.task: asyncio.Task[Any] | None = None
-        self.timer: asyncio.TimerHandle | None = None
+        self.has_begun = False
+        """Its task has taken its first step."""
         self.credit = 0
         self._room: asyncio.Event | None = None
 
     def finish(self) -> bool:
         """Note the end and take this out of the link's table; return whether the end is still to be told."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
         was_open, self.is_open = self.is_open, False
         if self.link.served.get(self.id) is self:  # Tells are not in it, and their ids mean nothing.
             del self.link.served[self.id]
@@ -234,14 +323,21 @@ class Served(Call):
         if not self.finish():
             return
         self.ended = reason
+        self.credit = 0
         if fail is not None and self.kind != TELL:
             self.link.post_fail(fail)
         if self.task is not None:
             self.task.cancel()
+            if not self.has_begun:
+                self.server.drop(self)
+
+    def fail(self, error: BusError) -> None:
+        self.end("failed", fail_of(self.id, error))
 
     def grant(self, count: int) -> None:
         """Take credit for ``count`` more items."""
-        self.credit += count
+        if self.is_open:
+            self.credit += count
         if self._room is not None:
             self._room.set()
 
@@ -251,6 +347,14 @@ class Served(Call):
             self._room = asyncio.Event()
             await self._room.wait()
         self._room = None
+
+
+def fail_of(call_id: int, error: BusError) -> Fail:
+    """Return the frame that stands for an error."""
+    if isinstance(error, Refusal):
+        return Fail(call_id, "refusal", str(error), type(error).__name__, error.fields)
+    kind = "timeout" if isinstance(error, AskTimeout) else "link_lost" if isinstance(error, LinkLost) else "actor_died"
+    return Fail(call_id, kind, str(error))
 
 
 def error_of(frame: Fail) -> BusError:

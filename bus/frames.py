@@ -16,8 +16,8 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 TELL, ASK, STREAM = 0, 1, 2
 
 
-class Frame(msgspec.Struct, frozen=True, array_like=True):
-    """One item of a batch."""
+class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One item of a batch. Frames refer to nothing that refers back: the garbage collector need not look at them."""
 
 
 class PeerInfo(Frame, frozen=True):
@@ -32,6 +32,8 @@ class PeerInfo(Frame, frozen=True):
     """Names the kernel and its pid namespace: equal hosts can watch each other's processes."""
     pid: int = 0
     pid_start: int = 0
+    proof: bytes = b""
+    """Shows, where the fleet has keys, that the sender holds the key of ``node`` (keys.py)."""
 
 
 class Hello(PeerInfo, frozen=True, tag=1):
@@ -67,8 +69,8 @@ class Answer(Frame, frozen=True, tag=5):
     body: msgspec.Raw
 
 
-class Item(Frame, frozen=True, tag=6):
-    """One item of a stream."""
+class Items(Frame, frozen=True, tag=6):
+    """Items of a stream, in order: ``body`` is the array of them."""
 
     id: int
     body: msgspec.Raw
@@ -115,10 +117,7 @@ class Bye(Frame, frozen=True, tag=13):
     """The node stops in order; nothing follows. Answered with Bye: all before it was heard."""
 
 
-CALL_FRAMES = frozenset({Post, Answer, Item, End, Fail, Cancel, Credit})
-"""What belongs to calls; the others are the link's own affair."""
-
-AnyFrame = Hello | Welcome | Refused | Post | Answer | Item | End | Fail | Cancel | Credit | Ping | Pong | Bye
+AnyFrame = Hello | Welcome | Refused | Post | Answer | Items | End | Fail | Cancel | Credit | Ping | Pong | Bye
 
 decode_batch = msgspec.msgpack.Decoder(tuple[str, int, list[AnyFrame]]).decode
 encode_batch = msgspec.msgpack.Encoder().encode

@@ -6,14 +6,15 @@ or over one the peer dialled if that was there first. A link that breaks is gone
 
 import asyncio
 import logging
+from contextvars import Context, copy_context
 from typing import Any
 
 import msgspec
 
 from .address import Address
+from .complaints import Complaints
 from .errors import ActorDied, LinkLost
 from .frames import (
-    CALL_FRAMES,
     PROTOCOL_VERSION,
     Bye,
     Frame,
@@ -36,6 +37,10 @@ log = logging.getLogger("callboard.bus")
 
 BYE_S = 0.5
 """How long a node that stops waits for its peers to have heard all it said."""
+MOST_WORDS = 500
+"""Characters of a name in a greeting, and of what is said and logged about a peer that is turned away."""
+MOST_GONE = 256
+"""So many peers are remembered whose links broke."""
 VERDICT_S = 0.2
 """A dying process's sockets close a moment before its pidfd tells: so long a broken link waits for its peer's fate."""
 
@@ -49,10 +54,13 @@ class LinkConfig(msgspec.Struct, frozen=True):
     hello_s: float = 15.0
     """How long a peer that accepted may take to greet: a loaded process may be importing."""
     ping_s: float = 1.0
-    silent_s: float = 20.0
-    """A peer not heard of for this long is cut off, though its process may be alive."""
-    max_backlog_bytes: int = 256 * 1024 * 1024
-    """A peer that lets this much pile up is cut off."""
+    silent_s: float = 5.0
+    """A peer not heard of for this long is cut off, though its process may be alive: it is stopped, or its loop hangs.
+
+    A serving engine's loop is late by half a second at worst, on a machine with three times as much work as cores.
+    """
+    max_backlog_bytes: int = 64 * 1024 * 1024
+    """A peer that lets this much pile up is cut off: tells know no credit."""
 
 
 class Links:
@@ -65,20 +73,30 @@ class Links:
         self._encode = encode
         self._config = config
         self._server = server
+        self._now = node.clock.now
+        self._complaints = Complaints(log, node.name, node.clock)
         self._tasks = Tasks(lambda error: log.error("in a link's task", exc_info=error))
         self._links: dict[Link, None] = {}
         """All that are not broken."""
         self._by_key: dict[str, Link] = {}
         self._by_connection: dict[Connection, Link] = {}
+        self._gone: dict[str, None] = {}
+        """Incarnations whose accepted links broke here: what they sent before they heard of it may still come."""
         self._host = ""
         self._pid = (0, 0)
+        self._watch: Any = ProcessWatch
+        self._context: Context
+        """That of the node's start. A socket's callbacks keep theirs, and must not keep the call that dialled."""
         self._is_stopped = False
         self._all_left: asyncio.Future[None] | None = None
 
     def start(self) -> None:
         """Begin to watch over the links."""
+        self._context = copy_context()
         if self._node.exchange is None:  # Nodes of one process need not watch each other's.
             self._host, self._pid = local_host(), own_pid()
+        elif (host := getattr(self._node.transport, "host", None)) is not None:  # Simulated processes do.
+            self._host, self._pid, self._watch = host.name, host.pid, host.watch
         self._tasks.spawn(self._ping())
 
     async def stop(self) -> None:
@@ -103,10 +121,11 @@ class Links:
 
     def to(self, address: Address) -> Link:
         """Return the link to a node, dialling if there is none."""
-        key = _key(address.endpoint, address.node)
+        key = address.endpoint or _key("", address.node)
         link = self._by_key.get(key)
         if link is None:
             link = self._new_link(address.endpoint)
+            link.node = address.node
             self._by_key[key] = link
             if self._is_stopped:  # A link made now would be nobody's to break, and its socket nobody's to close.
                 self._break_soon(link, "the node stopped")
@@ -130,7 +149,7 @@ class Links:
         if link.is_broken:
             return
         try:
-            link.connection = self._node.transport.dial(link.endpoint)
+            link.connection = self._context.run(self._node.transport.dial, link.endpoint, link.node)
         except OSError as error:
             self._break_soon(link, str(error))
             return
@@ -140,8 +159,9 @@ class Links:
 
     def _info(self, kind: type[Any]) -> Frame:
         node = self._node
+        proof = b"" if node.keys is None else node.keys.proof(node.name, node.incarnation)
         frame: Frame = kind(
-            PROTOCOL_VERSION, node.fleet, node.name, node.incarnation, node.endpoint, self._host, *self._pid
+            PROTOCOL_VERSION, node.fleet, node.name, node.incarnation, node.endpoint, self._host, *self._pid, proof
         )
         return frame
 
@@ -154,7 +174,7 @@ class Links:
         link.connection = connection
         self._by_connection[connection] = link
 
-    def received(self, connection: Connection, batch: bytes) -> None:
+    def received(self, connection: Connection, batch: bytes | bytearray) -> None:
         # Hot: once per batch (bench/bus.py).
         link = self._by_connection.get(connection)
         if link is None:
@@ -164,20 +184,27 @@ class Links:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             self._turn_away(link, f"sent a batch that is none: {error}")
             return
-        if not link.accepts(incarnation, sequence):
+        expected = link.num_received
+        link.num_received = expected + 1
+        if sequence and not expected and incarnation in self._gone and not link.endpoint:
+            # On its way when the link that it was for broke here: late, and nobody's fault.
+            link.send_now(Refused("goes on with a link that is no more"))
+            self._break(link, LinkLost("a link that is no more"), "link_lost")
+            return
+        if sequence != expected or (link.is_open and incarnation != link.peer_incarnation):
             self._turn_away(link, f"sent batch {sequence} of {incarnation} out of order")
             return
-        link.last_heard = self._node.clock.now()
+        link.last_heard = self._now()
         try:
-            for frame in frames:
-                if link.is_broken:
-                    return
-                if link.is_open and type(frame) in CALL_FRAMES:
-                    self._server.on_frame(link, frame)
-                elif link.is_open:
-                    self._on_frame(link, frame)
-                else:
-                    self._greet(link, frame, incarnation)
+            if link.is_open:
+                if len(frames) == 1:
+                    link.is_calm = True
+                self._server.on_frames(link, frames, self._on_frame)
+            elif frames:
+                self._greet(link, frames[0], incarnation)
+                self._server.on_frames(link, frames[1:], self._on_frame)
+            else:
+                self._turn_away(link, "did not begin with a greeting")
         except Exception as error:  # A bug here. The rest of the batch is lost, and that must not go unnoticed.
             log.exception("%s: while taking a batch of %s", self._node.name, link.name)
             self._turn_away(link, f"sent what broke this node's bus: {error!r}")
@@ -205,9 +232,11 @@ class Links:
                 if reason := self._objection(frame, incarnation):
                     self._turn_away(link, f"was refused: {reason}")
                     return
-                link.send_now(self._info(Welcome))
+                # First of what waits, not by itself: a transport that has no room is asked again.
+                link.is_open = True
+                link.post(self._info(Welcome))
             case Welcome() if link.endpoint:
-                if reason := self._objection(frame, incarnation):
+                if reason := self._objection(frame, incarnation, link.node):
                     self._turn_away(link, reason)
                     return
             case Refused(reason):
@@ -218,23 +247,36 @@ class Links:
                 return
         assert isinstance(frame, PeerInfo)
         key = _key(frame.endpoint, frame.node)
-        old = self._by_key.get(key)
-        if old is not None and old is not link and old.peer is not None and old.peer.incarnation != frame.incarnation:
-            self._break(old, ActorDied(f"node {frame.node} was restarted"), "actor_died")
+        for old in list(self._links):
+            if old is link or old.peer is None or _key(old.peer.endpoint, old.peer.node) != key:
+                continue
+            if old.peer.incarnation != frame.incarnation:
+                self._break(old, ActorDied(f"node {frame.node} was restarted"), "actor_died")
+            elif not link.endpoint and not old.endpoint:
+                # It has lost what it dialled before. What is still on its way there must not come after what is here.
+                self._break(old, LinkLost(f"node {frame.node} dialled anew"), "link_lost")
         link.peer = frame
+        link.peer_node, link.peer_incarnation = frame.node, frame.incarnation
         link.is_open = True
         self._by_key.setdefault(key, link)
         if frame.host and frame.host == self._host and frame.pid != self._pid[0]:
-            link.watch = ProcessWatch(frame.pid, frame.pid_start, lambda: self._died(link))
+            link.watch = self._watch(frame.pid, frame.pid_start, lambda: self._died(link))
         link.schedule_flush()
 
-    def _objection(self, info: PeerInfo, incarnation: str) -> str:
+    def _objection(self, info: PeerInfo, incarnation: str, node: str | None = None) -> str:
+        if max(map(len, (info.node, info.endpoint, info.incarnation, info.host))) > MOST_WORDS:
+            return "a name in its greeting is too long"
         if info.version != PROTOCOL_VERSION:
             return f"protocol version {info.version} is not {PROTOCOL_VERSION}"
         if info.fleet != self._node.fleet:
             return f"fleet {info.fleet!r} is not {self._node.fleet!r}"
         if info.incarnation != incarnation:
             return "the greeting and its batch name different incarnations"
+        keys = self._node.keys
+        if keys is None:
+            return ""
+        if not keys.is_proof(info.proof, info.node, info.incarnation) or node not in (None, info.node):
+            return f"it has not shown the key of node {node or info.node!r}"
         return ""
 
     def _on_frame(self, link: Link, frame: Frame) -> None:
@@ -257,7 +299,8 @@ class Links:
 
     def _turn_away(self, link: Link, what: str) -> None:
         self.num_refused += 1
-        log.warning("%s: peer %s %s", self._node.name, link.name or "(unknown)", what)
+        what = what[:MOST_WORDS]  # It may quote what the peer sent, which may be megabytes.
+        self._complaints.about(link.name, what)
         if link.connection is not None:
             link.send_now(Refused(what))  # Else a peer that dialled would wait for answers until its deadlines.
         self._break(link, LinkLost(f"{link.name} {what}"), "link_lost")
@@ -279,6 +322,10 @@ class Links:
             self._by_connection.pop(link.connection, None)
         link.close()
         self._links.pop(link, None)
+        if link.peer_incarnation and not link.endpoint:
+            self._gone[link.peer_incarnation] = None
+            if len(self._gone) > MOST_GONE:
+                del self._gone[next(iter(self._gone))]
         if self._all_left is not None and not self._all_left.done() and not any(each.is_open for each in self._links):
             self._all_left.set_result(None)
         self._unlist(link)
@@ -297,10 +344,15 @@ class Links:
             del self._by_key[key]
 
     async def _ping(self) -> None:
+        woken = self._node.clock.now()
         while True:
             await self._node.clock.sleep(self._config.ping_s)
+            self._server.sweep()
             now = self._node.clock.now()
+            # This node may have hung itself. What its peers said meanwhile is still to be read.
+            late, woken = max(0.0, now - woken - 2 * self._config.ping_s), now
             for link in list(self._by_connection.values()):
+                link.last_heard = min(now, link.last_heard + late)
                 silent = now - link.last_heard
                 if silent > (self._config.silent_s if link.is_open else self._config.hello_s):
                     error = LinkLost(f"{link.name} has not been heard of for {silent:.1f} s")

@@ -27,7 +27,8 @@ class Handler:
     call: Callable[[Any], Any]
     kind: int
     """TELL, ASK or STREAM"""
-    is_coroutine: bool
+    is_task: bool
+    """A coroutine or a stream, not a plain function."""
 
 
 class Mailbox:
@@ -61,7 +62,7 @@ class Mailbox:
         if is_stream != issubclass(message, Stream):
             raise TypeError(f"{where}: a Stream is served by an async generator, and only a Stream is")
         kind = STREAM if is_stream else ASK if issubclass(message, Ask) else TELL
-        self.handlers[message] = Handler(method, kind, inspect.iscoroutinefunction(method))
+        self.handlers[message] = Handler(method, kind, is_stream or inspect.iscoroutinefunction(method))
 
     def open(self, body: Any) -> tuple[Any, Handler]:
         """Return the message in ``body`` and its handler. Raises NotUnderstood."""
@@ -70,8 +71,8 @@ class Mailbox:
                 raise NotUnderstood(actor=self.name, reason="it takes no messages")
             try:
                 message = self._decode(body)
-            except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
-                raise NotUnderstood(actor=self.name, reason=str(error)) from None
+            except Exception as error:  # A message's own __post_init__ may raise anything.
+                raise NotUnderstood(actor=self.name, reason=str(error) or type(error).__name__) from None
             return message, self.handlers[type(message)]
         handler = self.handlers.get(type(body))
         if handler is None:

@@ -10,25 +10,29 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
 from .address import Address
-from .calls import FOREVER, Asked, OpenStream, PendingAsk, Pipe, current_call
+from .calls import FOREVER, Asked, Call, OpenStream, PendingAsk, Pipe, current_call, enter_call, leave_call
 from .clock import Clock
+from .deadlines import Deadlines
 from .errors import LinkLost
 from .frames import ASK, STREAM, TELL, Post
 from .link import Link, LocalLink
 from .links import LinkConfig, Links
 from .mailbox import Mailbox
-from .messages import Message, answer_type
+from .messages import Message, Stream, Tell, answer_type
 from .place import Place
 from .ref import Items, Ref
 from .serving import Server
 from .tasks import Tasks
 from .transports.contract import Transport
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from .keys import FleetKeys
 
 T = TypeVar("T")
 AfterCrash = Callable[[], Coroutine[Any, Any, None]]
@@ -41,7 +45,8 @@ class Node(Place):
     """A process's (or a test's) place on the bus. Use as ``async with Node("a", endpoint="ipc:///run/a.sock")``.
 
     ``endpoint`` may be left out by a node that only dials others. ``fleet`` keeps fleets apart: nodes of different
-    ones refuse each other. With a ``seed`` everything the node draws is the same every time.
+    ones refuse each other. With a ``seed`` everything the node draws is the same every time. With ``keys`` it speaks
+    to holders of the same ones alone.
     """
 
     def __init__(
@@ -55,9 +60,14 @@ class Node(Place):
         clock: Clock | None = None,
         links: LinkConfig | None = None,
         on_crash: Callable[[str, BaseException], None] | None = None,
+        keys: "FleetKeys | None" = None,
     ) -> None:
         self.rng = random.Random(None if seed is None else f"{seed}/{name}")
-        if transport is None:
+        if transport is None and keys is not None:
+            from .transports.keyed import KeyedTransport
+
+            transport = KeyedTransport(keys, name)
+        elif transport is None:
             from .transports.zmq import ZmqTransport
 
             transport = ZmqTransport()
@@ -68,19 +78,24 @@ class Node(Place):
             incarnation=self.new_id(),
             clock=clock or Clock(),
             transport=transport,
+            keys=keys,
         )
-        self._encode = msgspec.msgpack.Encoder(enc_hook=_encode_ref).encode
         self._on_crash = on_crash
         self._after_crash: dict[str, AfterCrash] = {}
         self._crashes = Tasks(lambda error: log.error("while stopping a broken actor", exc_info=error))
         self._server = Server(self, self.crash)
-        self._links = Links(self, self._encode, links or LinkConfig(), self._server)
+        encode_into = msgspec.msgpack.Encoder(enc_hook=_encode_ref).encode_into
+        self._links = Links(self, encode_into, links or LinkConfig(), self._server)
         self._local: LocalLink | None = None
         self._is_stopping = False
-        self._decoders: dict[type, Any] = {}
+        self._kinds: dict[type, _Kind] = {}
+        self._loop: asyncio.AbstractEventLoop
 
     async def __aenter__(self) -> Self:
-        self._local = LocalLink(self._server.on_frame)
+        self._loop = asyncio.get_running_loop()
+        self.deadlines = Deadlines()
+        self._server.start()
+        self._local = LocalLink(self._server.on_frames, self.clock, self.name, self.incarnation)
         self.endpoint = await self.transport.start(self.endpoint, self._links)
         self._links.start()
         return self
@@ -134,7 +149,9 @@ class Node(Place):
         self._server.remove(name, f"{name}@{self.name} crashed: {type(error).__name__}: {error}")
         after_crash = self._after_crash.pop(name, None)
         if after_crash is not None:
+            token = enter_call(None)  # Not of the call that crashed: its deadline is not that of the clean-up.
             self._crashes.spawn(after_crash())
+            leave_call(token)
         if self._on_crash is not None:
             self._on_crash(name, error)
 
@@ -145,6 +162,12 @@ class Node(Place):
     def ref(self, address: Address) -> Ref:
         """Return a ref to any actor on the bus. Nothing is sent."""
         return Ref(self, address)
+
+    @property
+    def num_strangers(self) -> int:
+        """Connections turned away because they did not show the fleet's keys."""
+        num: int = getattr(self.transport, "num_strangers", 0)
+        return num
 
     # ---- what a simulation replaces ------------------------------------------------------------------------------
 
@@ -168,87 +191,121 @@ class Node(Place):
 
     def send_tell(self, to: Address, message: Message) -> None:
         """See Ref.tell."""
+        body: Any = message
         link = self._link(to)
-        link.post(self._post(link, to, message, TELL, 0, None, 0))
+        request_id = self._note(link, to, message, self._kind(type(message)), current_call())
+        link.post(Post(0, TELL, to.actor, body, None, request_id))
 
-    async def send_ask(self, to: Address, message: Message, timeout: float | None) -> Any:
-        """See Ref.ask."""
-        seconds = self._timeout(timeout)
-        pending = PendingAsk(self._link(to), self._decoder(type(message)))
-        self._start(pending, to, message, ASK, seconds, 0)
-        try:
-            return await pending.future
-        finally:
-            pending.cancel()
+    def start_ask(self, to: Address, message: Message, timeout: float | None) -> PendingAsk:
+        """See Ref.ask: whoever asks awaits ``future`` and cancels."""
+        # Hot: once per ask (bench/bus.py).
+        kind = self._kinds.get(type(message)) or self._kind(type(message))
+        link = self._link(to)
+        pending = PendingAsk(link, _as_it_is if link is self._local else kind.decode, self._loop)
+        self._start(pending, to, message, kind, ASK, timeout, 0)
+        return pending
 
     @asynccontextmanager
     async def open_stream(
         self, to: Address, message: Message, timeout: float | None, credit: int
     ) -> AsyncIterator[Items[Any]]:
         """See Ref.stream."""
-        seconds = self._timeout(timeout)
-        stream = OpenStream(self._link(to), self._decoder(type(message)), credit)
-        self._start(stream, to, message, STREAM, seconds, credit)
+        if credit < 1:
+            raise ValueError(f"a stream takes credit for one item at least, not {credit}")
+        kind = self._kind(type(message))
+        link = self._link(to)
+        stream = OpenStream(link, _as_it_is if link is self._local else kind.decode, self._loop, credit)
+        self._start(stream, to, message, kind, STREAM, timeout, credit)
         try:
             yield stream
         finally:
             stream.cancel()
 
-    def _start(self, asked: Asked, to: Address, message: Message, kind: int, timeout: float, credit: int) -> None:
+    def _start(
+        self, asked: Asked, to: Address, message: Message, kind: "_Kind", way: int, timeout: float | None, credit: int
+    ) -> None:
+        # Hot: once per ask (bench/bus.py).
+        body: Any = message  # Encoded in place; typed Raw for the receiving side.
+        call = current_call()
         try:
-            asked.link.post(self._post(asked.link, to, message, kind, asked.id, timeout, credit))
+            seconds = DEFAULT_TIMEOUT_S if timeout is None and call is None else _seconds(timeout, call)
+            if call is None and self.tap is None and not kind.has_request_id:
+                request_id = ""
+            else:
+                request_id = self._note(asked.link, to, message, kind, call)
+            asked.link.post(Post(asked.id, way, to.actor, body, seconds, request_id, credit))
         except BaseException:
-            asked.forget()  # It does not encode: nothing was sent.
+            asked.forget()  # A deadline that is none, or it does not encode: nothing was sent.
             raise
-        if timeout != FOREVER:
-            loop = asyncio.get_running_loop()
-            asked.timer = loop.call_later(timeout, asked.expire, f"{to} ({type(message).__name__})", timeout)
+        if seconds != FOREVER:
+            asked.what = (to, type(message), seconds)
+            asked.slot = self.deadlines.add(asked, seconds)
 
-    def _post(
-        self, link: Pipe, to: Address, message: Message, kind: int, call_id: int, timeout: float | None, credit: int
-    ) -> Post:
-        request_id = getattr(message, "request_id", "")
-        if not isinstance(request_id, str):
-            request_id = ""
-        if not request_id and (call := current_call()) is not None:
-            request_id = call.request_id
+    def _note(self, link: Pipe, to: Address, message: Message, kind: "_Kind", call: Call | None) -> str:
+        """Return the request a message belongs to, its own or that of the call it is sent in; tell the tap."""
+        request_id = message.request_id if kind.has_request_id else ""  # type: ignore[attr-defined]
+        if not request_id or type(request_id) is not str:
+            request_id = "" if call is None else call.request_id
         if self.tap is not None:
             self.tap(self.clock.now(), "sent", link.name, to.actor, type(message).__name__, request_id)
-        body: Any = message  # Encoded in place; typed Raw for the receiving side.
-        return Post(call_id, kind, to.actor, body, timeout, request_id, credit)
+        return str(request_id)
 
     def _link(self, to: Address) -> Link:
-        if self._local is None:
+        local = self._local
+        if local is None:
             raise LinkLost(f"node {self.name} is not running")
-        if to.node == self.name and to.endpoint == self.endpoint:
-            return self._local
+        if to.endpoint == self.endpoint and to.node == self.name:
+            return local
         return self._links.to(to)
 
-    @staticmethod
-    def _timeout(timeout: float | None) -> float:
-        if timeout != timeout:
-            raise ValueError("a timeout must be a number")
-        call = current_call()
-        remaining = FOREVER if call is None else call.remaining_s()
-        if timeout is None:
-            timeout = DEFAULT_TIMEOUT_S if remaining == FOREVER else remaining
-        return min(timeout, remaining)
-
-    def _decoder(self, message_type: type) -> Any:
-        decode = self._decoders.get(message_type)
-        if decode is None:
-            typed = msgspec.msgpack.Decoder(answer_type(message_type), dec_hook=self._decode_ref).decode
-
-            def decode(body: Any) -> Any:
-                return typed(body) if type(body) is msgspec.Raw else body
-
-            self._decoders[message_type] = decode
-        return decode
+    def _kind(self, message_type: type) -> "_Kind":
+        kind = self._kinds.get(message_type)
+        if kind is None:
+            kind = self._kinds[message_type] = _Kind(message_type, self._decode_ref)
+        return kind
 
     def _decode_ref(self, kind: type, value: Any) -> Any:
         if kind is Ref:
             return Ref(self, msgspec.convert(value, Address))
         raise TypeError(f"{kind.__name__} does not travel on the bus")
+
+
+class _Kind:
+    """What sending a type of message takes."""
+
+    __slots__ = ("decode", "has_request_id")
+
+    def __init__(self, message_type: type[Any], dec_hook: Callable[[type, Any], Any]) -> None:
+        self.has_request_id = "request_id" in message_type.__struct_fields__
+        """Its own, by which everything sent for a request can be told."""
+        self.decode: Any = None
+        if not issubclass(message_type, Tell):
+            answer = answer_type(message_type)
+            if issubclass(message_type, Stream):
+                answer = list[answer]  # type: ignore[valid-type]
+            self.decode = msgspec.msgpack.Decoder(answer, dec_hook=dec_hook).decode
+
+
+def _as_it_is(body: Any) -> Any:
+    """Return what comes over the node's link to itself, which was never encoded."""
+    return body
+
+
+def _seconds(timeout: float | None, call: Call | None) -> float:
+    """Return how long an ask may take: what its caller says, within what remains of the call it is sent in."""
+    if call is None:
+        seconds = DEFAULT_TIMEOUT_S if timeout is None else timeout
+    else:
+        remaining = call.remaining_s()
+        if timeout is None:
+            seconds = DEFAULT_TIMEOUT_S if remaining == FOREVER else remaining
+        else:
+            seconds = min(timeout, remaining)
+    if not seconds >= 0:
+        if seconds != seconds:
+            raise ValueError("a timeout must be a number")
+        return 0.0
+    return seconds
 
 
 def _encode_ref(value: Any) -> Any:

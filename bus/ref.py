@@ -4,7 +4,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
 from .address import Address
-from .calls import DEFAULT_CREDIT
+from .calls import DEFAULT_CREDIT, PendingAsk
 from .messages import Ask, Stream, Tell
 
 R = TypeVar("R")
@@ -29,7 +29,7 @@ class Sender(Protocol):
     def send_tell(self, to: Address, message: Tell) -> None:
         """See Ref.tell."""
 
-    async def send_ask(self, to: Address, message: Ask[Any], timeout: float | None) -> Any:
+    def start_ask(self, to: Address, message: Ask[Any], timeout: float | None) -> PendingAsk:
         """See Ref.ask."""
 
     def open_stream(
@@ -57,8 +57,13 @@ class Ref:
         ``timeout`` in seconds; by default what remains of the call being served, else 30. Raises what the far side
         refused with, ActorDied, LinkLost or AskTimeout. Cancelling cancels the far side.
         """
-        answer: R = await self._node.send_ask(self.address, message, timeout)
-        return answer
+        pending = self._node.start_ask(self.address, message, timeout)
+        try:
+            answer: R = await pending.future
+            return answer
+        finally:
+            if pending.is_open:
+                pending.cancel()
 
     def stream(
         self, message: Stream[I], *, timeout: float | None = None, credit: int = DEFAULT_CREDIT

@@ -2,20 +2,26 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from .calls import FOREVER, Served, enter_call, error_of, leave_call
+from .calls import Asked, Served, enter_call, error_of, leave_call
+from .complaints import Complaints
 from .errors import ActorDied, AskTimeout, BusError, LinkLost, NotUnderstood, Refusal, UnknownActor
-from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Item, Post
+from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Items, Post
 from .link import Link
 from .mailbox import Handler, Mailbox
 from .place import Place
-from .tasks import Tasks
+from .tasks import cancel_all
 
 log = logging.getLogger("callboard.bus")
+
+STOP_S = 10.0
+"""How long a node that stops waits for its handlers. Longer than a supervisor's patience: a handler that still writes
+to shared memory must be proven dead before its node says goodbye."""
+_UNDECODABLE = (msgspec.MsgspecError, ValueError, TypeError, RecursionError)
 
 
 class Server:
@@ -26,9 +32,17 @@ class Server:
         """Messages turned away at a mailbox."""
         self._node = node
         self._crash = crash
+        self._complaints = Complaints(log, node.name, node.clock)
         self._mailboxes: dict[str, Mailbox] = {}
         self._serving: dict[Served, None] = {}
-        self._tasks = Tasks(lambda error: log.error("in a handler's task", exc_info=error))
+        """The calls whose handlers run as tasks."""
+        self._loop: asyncio.AbstractEventLoop
+        self._task_class: type[asyncio.Task[Any]]
+
+    def start(self) -> None:
+        """Begin, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._task_class = getattr(self._loop, "task_class", asyncio.Task)  # A simulation's tasks know their process.
 
     def names(self) -> list[str]:
         """Return the names of the actors here."""
@@ -46,155 +60,175 @@ class Server:
             for served in [served for served in self._serving if served.actor == name]:
                 served.end("stopped", Fail(served.id, "actor_died", text))
 
+    def drop(self, served: Served) -> None:
+        """Forget a call whose task was cancelled before its first step; others take themselves out."""
+        self._serving.pop(served, None)
+
+    def sweep(self) -> None:
+        """End what is past its deadline. In general its caller has cancelled it by then: this is for one that hangs."""
+        for served in [served for served in self._serving if served.remaining_s() <= 0]:
+            served.end("timeout", Fail(served.id, "timeout", f"{served.actor} ran out of time"))
+
     async def stop(self) -> None:
-        """End every handler and wait for it."""
-        await self._tasks.cancel()
+        """End every handler and wait for it; not for ever for one that ignores its cancellation."""
+        for task in await cancel_all(
+            (served.task for served in self._serving if served.task is not None), timeout_s=STOP_S
+        ):
+            log.warning("%s: %s ignores its cancellation: the node stops without it", self._node.name, _what(task))
 
     # ---- frames --------------------------------------------------------------------------------------------------
 
-    def on_frame(self, link: Link, frame: Frame) -> None:
-        """Take a frame of an open link."""
+    def on_frames(
+        self, link: Link, frames: Sequence[Frame], otherwise: Callable[[Link, Frame], None] | None = None
+    ) -> None:
+        """Take frames of an open link, until it breaks; those that belong to no call go to ``otherwise``."""
         # Hot: once per message (bench/bus.py). The most frequent kinds stand first.
-        if link.is_broken:
-            return
-        kind = type(frame)
-        if kind is Item or kind is Answer:
-            asked = link.asked.get(frame.id)  # type: ignore[attr-defined]
-            if asked is not None:
-                try:
-                    asked.answer(frame.body)  # type: ignore[attr-defined]
-                except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
-                    asked.cancel()
-                    asked.fail(NotUnderstood(actor=self._node.name, reason=f"an answer from {link.name}: {error}"))
-        elif kind is Post:
-            self._on_post(link, frame)  # type: ignore[arg-type]
-        elif kind is Credit:
-            served = link.served.get(frame.id)  # type: ignore[attr-defined]
-            if served is not None:
-                served.grant(max(0, frame.count))  # type: ignore[attr-defined]
-        elif kind is Cancel:
-            served = link.served.get(frame.id)  # type: ignore[attr-defined]
-            if served is not None:
-                served.end("cancelled")
-        elif kind is End:
-            asked = link.asked.get(frame.id)  # type: ignore[attr-defined]
-            if asked is not None:
-                asked.end()
-        elif kind is Fail:
-            asked = link.asked.get(frame.id)  # type: ignore[attr-defined]
-            if asked is not None:
-                asked.forget()
-                asked.fail(error_of(frame))  # type: ignore[arg-type]
+        asked_of, served_of = link.asked, link.served
+        for frame in frames:
+            if link.is_broken:
+                return
+            kind = type(frame)
+            if kind is Items:
+                asked = asked_of.get(frame.id)  # type: ignore[attr-defined]
+                if asked is not None:
+                    try:
+                        asked.items(frame.body)  # type: ignore[attr-defined]
+                    except _UNDECODABLE as error:
+                        self._misunderstood(link, asked, error)
+            elif kind is Post:
+                self._on_post(link, frame)  # type: ignore[arg-type]
+            elif kind is Answer:
+                asked = asked_of.get(frame.id)  # type: ignore[attr-defined]
+                if asked is not None:
+                    try:
+                        asked.answer(frame.body)  # type: ignore[attr-defined]
+                    except _UNDECODABLE as error:
+                        self._misunderstood(link, asked, error)
+            elif kind is Credit:
+                served = served_of.get(frame.id)  # type: ignore[attr-defined]
+                if served is not None:
+                    served.grant(max(0, frame.count))  # type: ignore[attr-defined]
+            elif kind is Cancel:
+                served = served_of.get(frame.id)  # type: ignore[attr-defined]
+                if served is not None:
+                    served.end("cancelled")
+            elif kind is End:
+                asked = asked_of.get(frame.id)  # type: ignore[attr-defined]
+                if asked is not None:
+                    asked.end()
+            elif kind is Fail:
+                asked = asked_of.get(frame.id)  # type: ignore[attr-defined]
+                if asked is not None:
+                    asked.forget()
+                    asked.fail(error_of(frame))  # type: ignore[arg-type]
+            elif otherwise is not None:
+                otherwise(link, frame)
+
+    def _misunderstood(self, link: Link, asked: Asked, error: Exception) -> None:
+        """What came is not what was asked for: the far side's bug, and the end of this call alone."""
+        self.num_refused += 1
+        asked.cancel()
+        asked.fail(NotUnderstood(actor=self._node.name, reason=f"an answer from {link.name}: {error}"))
 
     def _on_post(self, link: Link, post: Post) -> None:
         mailbox = self._mailboxes.get(post.actor)
+        call_id, timeout = post.id, post.timeout
         try:
             if mailbox is None:
                 raise UnknownActor(actor=post.actor, node=self._node.name)
             message, handler = mailbox.open(post.body)
-            if post.kind != handler.kind or post.id in link.served or post.timeout != post.timeout:  # The last: NaN.
+            kind = handler.kind
+            is_named = call_id > 0 or kind == TELL
+            if post.kind != kind or not is_named or call_id in link.served or timeout != timeout:  # The last: NaN.
                 raise NotUnderstood(actor=post.actor, reason="it was sent as what it is not")
         except Refusal as error:
             self._refuse(link, post, error)
             return
-        if self._node.tap is not None:
-            kind = type(message).__name__
-            self._node.tap(self._node.clock.now(), "received", link.name, post.actor, kind, post.request_id)
-        served = Served(
-            link,
-            post.id,
-            post.kind,
-            post.actor,
-            clock=self._node.clock,
-            caller=self._node.name if link.peer is None else link.peer.node,
-            caller_incarnation=self._node.incarnation if link.peer is None else link.peer.incarnation,
-            request_id=post.request_id,
-            timeout=FOREVER if post.timeout is None else post.timeout,
-        )
-        if post.kind == TELL:
-            self._run_tell(served, handler, message)
+        node = self._node
+        if node.tap is not None:
+            node.tap(node.clock.now(), "received", link.name, post.actor, type(message).__name__, post.request_id)
+        served = Served(self, link, call_id, kind, post.actor, node.clock, post.request_id, timeout)
+        if not handler.is_task:
+            self._run_inline(served, handler.call, message)
             return
-        if post.kind == ASK and not handler.is_coroutine:
-            self._run_inline(served, handler, message)
-            return
-        link.served[post.id] = served
-        served.credit = max(1, post.credit)
-        self._spawn(served, (self._run_stream if post.kind == STREAM else self._run_ask)(served, handler, message))
-        if post.timeout is not None and post.timeout != FOREVER:
-            served.timer = asyncio.get_running_loop().call_later(post.timeout, self._expire, served)
+        if kind == TELL:
+            run = self._run_told(served, handler, message)
+        else:
+            link.served[call_id] = served
+            if kind == STREAM:
+                served.credit = max(1, post.credit)
+                run = self._run_stream(served, handler, message)
+            else:
+                run = self._run_ask(served, handler, message)
+        self._serving[served] = None
+        served.task = self._task_class(run, loop=self._loop, name=post.actor)
 
     def _refuse(self, link: Link, post: Post, error: Refusal) -> None:
         self.num_refused += 1
         if post.kind == TELL:
-            log.warning("%s: a message from %s was refused: %s", self._node.name, link.name, error)
+            self._complaints.about(link.name, f"sent a message that was refused: {error}")
         else:
             link.post_fail(_refusal(post.id, error))
 
-    def _expire(self, served: Served) -> None:
-        served.end("timeout", Fail(served.id, "timeout", f"{served.actor} ran out of time"))
-
     # ---- running -------------------------------------------------------------------------------------------------
 
-    def _run_inline(self, served: Served, handler: Handler, message: Any) -> None:
+    def _run_inline(self, served: Served, handle: Callable[[Any], Any], message: Any) -> None:
         token = enter_call(served)
         try:
-            served.link.post(Answer(served.id, handler.call(message)))
+            answer = handle(message)
+            if served.kind == ASK and served.is_open:
+                served.link.post(Answer(served.id, answer))
+        except asyncio.CancelledError:  # Let through, it would take the rest of the batch with it.
+            if served.kind == ASK and served.is_open:
+                served.link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the call"))
         except Exception as error:
-            self._failed(served, error, answer=True)
+            self._failed(served, error, answer=served.kind == ASK and served.is_open)
         finally:
             leave_call(token)
-
-    def _run_tell(self, served: Served, handler: Handler, message: Any) -> None:
-        if handler.is_coroutine:
-            self._spawn(served, self._run_told(served, handler, message))
-            return
-        token = enter_call(served)
-        try:
-            handler.call(message)
-        except Exception as error:
-            self._failed(served, error, answer=False)
-        finally:
-            leave_call(token)
-
-    def _spawn(self, served: Served, run: Coroutine[Any, Any, None]) -> None:
-        self._serving[served] = None
-        served.task = self._tasks.spawn(run)
-        # Not in the coroutine's finally: a task cancelled before its first step never gets there.
-        served.task.add_done_callback(lambda _: self._serving.pop(served, None))
 
     async def _run_told(self, served: Served, handler: Handler, message: Any) -> None:
+        served.has_begun = True
         enter_call(served)
         try:
             await handler.call(message)
         except Exception as error:
             served.finish()
             self._failed(served, error, answer=False)
+        finally:
+            del self._serving[served]
 
     async def _run_ask(self, served: Served, handler: Handler, message: Any) -> None:
+        served.has_begun = True
         enter_call(served)
+        link = served.link
         try:
             answer = await handler.call(message)
             if served.is_open:
-                served.link.post(Answer(served.id, answer))  # It may not encode: then the end is still to be told.
-                served.finish()
+                link.post(Answer(served.id, answer))  # It may not encode: then the end is still to be told.
+                served.is_open = False
+                del link.served[served.id]
         except asyncio.CancelledError:
             if served.finish():
-                served.link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the call"))
+                link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the call"))
         except Exception as error:
             self._failed(served, error, answer=served.finish())
+        finally:
+            del self._serving[served]
 
     async def _run_stream(self, served: Served, handler: Handler, message: Any) -> None:
+        served.has_begun = True
         enter_call(served)
         items = handler.call(message)
-        link = served.link
+        link, call_id = served.link, served.id
+        post_item = link.post_item
         try:
             async for item in items:
-                if not served.is_open:  # It goes on after its cancellation: nobody gives it credit any more.
-                    break
                 if served.credit <= 0:
+                    if not served.is_open:  # It goes on after its cancellation: nobody gives it credit any more.
+                        break
                     await served.has_credit()
                 served.credit -= 1
-                link.post(Item(served.id, item))
+                post_item(call_id, item)
             if served.finish():
                 link.post(End(served.id))
         except asyncio.CancelledError:
@@ -207,6 +241,8 @@ class Server:
                 await items.aclose()
             except Exception as error:
                 self._failed(served, error, answer=False)
+            finally:
+                self._serving.pop(served, None)
 
     def _failed(self, served: Served, error: Exception, *, answer: bool) -> None:
         """Tell the caller of a handler's exception, if it is still to be told; a bug stops the actor."""
@@ -228,7 +264,14 @@ class Server:
         if answer:
             served.link.post_fail(fail)
         else:
-            log.warning("%s: a handler ended with an error nobody waits for: %r", where, error)
+            log.warning("%s: a handler ended with an error nobody waits for: %.500r", where, error)
+
+
+def _what(task: asyncio.Task[Any]) -> str:
+    """Return which handler a task runs. Its coroutine knows: to note it elsewhere would cost every message."""
+    frame = getattr(task.get_coro(), "cr_frame", None)
+    handler = None if frame is None else frame.f_locals.get("handler")
+    return f"{task.get_name()}'s {getattr(getattr(handler, 'call', None), '__qualname__', 'handler')}"
 
 
 def _refusal(call_id: int, error: Refusal) -> Fail:

@@ -1,7 +1,7 @@
 """Owned tasks: every task belongs to somebody who ends it and hears of its failure."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 
@@ -29,8 +29,18 @@ class Tasks:
 
     async def cancel(self) -> None:
         """Cancel all tasks and wait for them, except the one that calls."""
-        current = asyncio.current_task()
-        tasks = [task for task in self._tasks if task is not current]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]], timeout_s: float | None = None) -> list[asyncio.Task[Any]]:
+    """Cancel tasks and wait for them, except the one that calls; return those that have not ended by then."""
+    current = asyncio.current_task()
+    others = [task for task in tasks if task is not current]
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=timeout_s)
+    for task in others:
+        if task.done() and not task.cancelled():
+            task.exception()  # Noted: whoever owns the task has heard of it.
+    return [task for task in others if not task.done()]

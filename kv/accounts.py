@@ -25,9 +25,11 @@ class SequenceLease:
 class EngineAccount:
     """An attached engine: its slab and its sequences."""
 
-    def __init__(self, engine: str, incarnation: str) -> None:
+    def __init__(self, engine: str, incarnation: str, attachment: str) -> None:
         self.engine = engine
         self.incarnation = incarnation
+        self.attachment = attachment
+        """Names the tie that it lasts for."""
         self.slab: dict[int, None] = {}
         self.sequences: dict[str, SequenceLease] = {}
 

@@ -28,6 +28,8 @@ class Loan:
     tokens: bytes
     block_table: tuple[int, ...]
     num_cached_tokens: int
+    attachment: str = ""
+    """The engine's, by which the blocks are its."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,10 @@ class BlockManager:
         self._lost: dict[str, EngineAccount] = {}
         self._loans: dict[str, tuple[int, ...]] = {}
 
-    def account(self, engine: str) -> EngineAccount:
-        """Return an attached engine's account. Raises UnknownActor."""
+    def account(self, engine: str, attachment: str = "") -> EngineAccount:
+        """Return an attached engine's account, that of this attachment if one is named. Raises UnknownActor."""
         account = self._engines.get(engine)
-        if account is None:
+        if account is None or attachment not in ("", account.attachment):
             raise UnknownActor(actor=engine, node=self._node)
         return account
 
@@ -81,7 +83,7 @@ class BlockManager:
             old = accounts.pop(engine, None)
             if old is not None:
                 self.cache.unpin(old.all_blocks())
-        self._engines[engine] = account = EngineAccount(engine, incarnation)
+        self._engines[engine] = account = EngineAccount(engine, incarnation, self._new_id())
         return account
 
     def detach(self, account: EngineAccount, *, is_known: bool) -> None:
@@ -89,17 +91,18 @@ class BlockManager:
         if self._engines.get(account.engine) is not account:
             return
         del self._engines[account.engine]
+        blocks = account.all_blocks()
         if is_known:
-            self.cache.unpin(account.all_blocks())
-        else:
+            self.cache.unpin(blocks)
+        elif blocks:
             self._lost[account.engine] = account
 
-    def admit(self, engine: str, sequence_id: str, tokens: bytes) -> Grant:
+    def admit(self, engine: str, sequence_id: str, tokens: bytes, attachment: str = "") -> Grant:
         """Match ``tokens`` and lease blocks for all of them. A repeat gets the same grant.
 
         Raises OutOfBlocks, UnknownActor.
         """
-        account = self.account(engine)
+        account = self.account(engine, attachment)
         lease = account.sequences.get(sequence_id)
         if lease is None:
             match = self.cache.match(tokens)
@@ -107,12 +110,12 @@ class BlockManager:
             lease = account.sequences[sequence_id] = SequenceLease(Grant(table, match.num_tokens))
         return lease.grant
 
-    def adopt(self, engine: str, sequence_id: str, tokens: bytes, reservation_id: str) -> Grant:
+    def adopt(self, engine: str, sequence_id: str, tokens: bytes, reservation_id: str, attachment: str = "") -> Grant:
         """Move a sealed reservation's blocks to a sequence, and lease what ``tokens`` needs beyond them.
 
         A repeat gets the same grant. Raises OutOfBlocks, StaleReservation, UnknownActor.
         """
-        account = self.account(engine)
+        account = self.account(engine, attachment)
         lease = account.sequences.get(sequence_id)
         if lease is not None:
             return lease.grant
@@ -131,9 +134,9 @@ class BlockManager:
         account.sequences[sequence_id] = lease
         return lease.grant
 
-    def refill(self, engine: str, count: int) -> list[int]:
+    def refill(self, engine: str, count: int, attachment: str = "") -> list[int]:
         """Lease up to ``count`` blocks to an engine's slab; perhaps none. Raises UnknownActor."""
-        account = self.account(engine)
+        account = self.account(engine, attachment)
         count = min(count, self.allocator.num_available)
         while count > 0:
             try:
@@ -146,10 +149,10 @@ class BlockManager:
             return blocks
         return []
 
-    def give(self, engine: str, blocks: Sequence[int]) -> None:
-        """Take slab blocks back. Those that are not in the slab are ignored: the engine was attached anew."""
+    def give(self, engine: str, blocks: Sequence[int], attachment: str = "") -> None:
+        """Take slab blocks back. Those of another attachment are ignored: they may have been lent anew since."""
         account = self._engines.get(engine)
-        if account is None:
+        if account is None or attachment not in ("", account.attachment):
             return
         given = [block for block in dict.fromkeys(blocks) if block in account.slab]
         for block in given:
@@ -193,7 +196,8 @@ class BlockManager:
             self._loans[loan_id] = table
             return Loan(loan_id, None, tokens, table, end)
         grant = self.admit(engine, loan_id, tokens)
-        return Loan(loan_id, engine, tokens, grant.block_table, grant.num_cached_tokens)
+        attachment = self.account(engine).attachment
+        return Loan(loan_id, engine, tokens, grant.block_table, grant.num_cached_tokens, attachment)
 
     def has_computed(self, loan: Loan) -> bool:
         """Take a loan back from the engine that has computed it, for the rest of its life, and cache it.

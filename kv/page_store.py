@@ -74,6 +74,11 @@ class PageStore:
         begin = self.offset(layer, half, slot)
         return self.view[begin : begin + self.layout.slot_bytes]
 
+    def page(self, layer: int, half: int, block: int) -> memoryview:
+        """Return the bytes of a block's keys (half 0) or values (half 1) of a layer."""
+        begin = self.offset(layer, half, block * self.layout.block_size)
+        return self.view[begin : begin + self.layout.block_size * self.layout.slot_bytes]
+
     def close(self) -> None:
         """Give up the mapping and the fd. A repeat does nothing. Slices and tensors of it that are left keep it."""
         self.is_closed = True

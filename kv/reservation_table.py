@@ -63,19 +63,26 @@ class ReservationTable:
         held = self._held.get(reservation_id)
         return held is None or held.reservation.state not in (State.RESERVED, State.WRITING)
 
+    def renew(self, key: Key, prompt: bytes, end: int | None, *, now: float) -> Held | None:
+        """Renew the lease of a live ``key`` and return what it holds; None if there is none. Raises BadRange."""
+        _, last = resolve_range(0, end, num_tokens(prompt))
+        repeated = self._by_key.get(key)
+        if repeated is None or not self._held[repeated].reservation.is_open:
+            return None
+        held = self._held[repeated]
+        if held.prompt != prompt or held.reservation.end != last:
+            raise BadRange(begin=0, end=last, num_tokens=num_tokens(prompt), reason="it was another at first")
+        held.reservation.expires_at = now + self.lease_s
+        return held
+
     def reserve(self, key: Key, prompt: bytes, end: int | None, *, now: float) -> Held:
         """Reserve room for what ``prompt[:end]`` lacks. A repeat of a live ``key`` renews the lease.
 
         Raises OutOfBlocks, BadRange.
         """
+        if (live := self.renew(key, prompt, end, now=now)) is not None:
+            return live
         _, last = resolve_range(0, end, num_tokens(prompt))
-        repeated = self._by_key.get(key)
-        if repeated is not None and self._held[repeated].reservation.is_open:
-            held = self._held[repeated]
-            if held.prompt != prompt or held.reservation.end != last:
-                raise BadRange(begin=0, end=last, num_tokens=num_tokens(prompt), reason="it was another at first")
-            held.reservation.expires_at = now + self.lease_s
-            return held
         match = self._allocator.cache.match(prompt)
         total = self._allocator.blocks_for(num_tokens(prompt))
         if match.num_tokens < last:
@@ -130,6 +137,14 @@ class ReservationTable:
             del self._tied[writer]
             if is_dead:
                 self.writer_died(writer)
+
+    def is_tied(self, writer: str) -> bool:
+        """Return whether a writer's process is heard of."""
+        return writer in self._tied
+
+    def is_written_by(self, writer: str) -> bool:
+        """Return whether a write of this process is open."""
+        return any(write.writer == writer for held in self._held.values() for write in held.reservation.writes.values())
 
     def writer_died(self, writer: str) -> None:
         """End all writes of a process that is proven dead."""

@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 
 from callboard.actors.actor import Actor
-from callboard.actors.protocol import Entry, Generate, GetSubRequests, SubRequests, Token, View
+from callboard.actors.protocol import BadRequest, Entry, Generate, GetSubRequests, SubRequests, Token, View
 from callboard.actors.registration import DirectoryView, Registration
 from callboard.bus import BusError, current_call
 from callboard.bus.liveness import own_pid
 from callboard.kv.layout import BadRange
+from callboard.kv.tokens import TOKEN_BYTES
 
 from .attempt import GONE, Attempt
 from .deadline import Deadline
@@ -32,6 +33,8 @@ from .spans import NUM_REQUESTS, Spans
 log = logging.getLogger("callboard.router")
 
 NUM_ATTEMPTS = 3
+MOST_ID = 256
+"""Characters of a request's id: it is kept with each of its sub-requests."""
 CLOSE_S = 5.0
 """How long a script may take to leave its scopes."""
 EMPTY = (LookupError, ZeroDivisionError, ValueError)
@@ -85,8 +88,11 @@ class RouterActor(Actor):
         if self.num_in_flight >= self.config.max_queue:
             raise QueueFull(num_in_flight=self.num_in_flight, max_queue=self.config.max_queue)
         call = current_call()
-        limit_s = min(self.config.deadline_s, call.remaining_s() if call is not None else self.config.deadline_s)
-        deadline = Deadline(self.node.clock, seconds=limit_s, what=f"request {message.request_id}")
+        assert call is not None, "a stream is served"
+        _check(message)
+        limit_s = min(self.config.deadline_s, call.remaining_s())
+        what = f"request {message.request_id}"
+        deadline = Deadline(self.node.clock, seconds=limit_s, what=what, on_idle=call.fail)
         self.num_in_flight += 1
         try:
             async with aclosing(self._attempts(message, deadline)) as tokens:
@@ -183,6 +189,14 @@ class RouterActor(Actor):
             log.error("script %s failed while it was closed", script.path, exc_info=error)
         finally:
             await attempt.close()
+
+
+def _check(message: Generate) -> None:
+    """Raise BadRequest for what is no request, before a script is blamed for it."""
+    if len(message.prompt) % TOKEN_BYTES:
+        raise BadRequest(reason=f"a prompt of {len(message.prompt)} bytes holds no whole number of int32 ids")
+    if len(message.request_id) > MOST_ID:
+        raise BadRequest(reason=f"a request id of {len(message.request_id)} characters is longer than {MOST_ID}")
 
 
 def _check_token(script: Script, token: object, position: int, is_finished: bool) -> None:

@@ -20,6 +20,8 @@ from .spans import Spans
 
 GONE = (ActorDied, LinkLost, UnknownActor)
 """The far side is dead or out of reach, or its process lives on without it: another engine may do better."""
+MOST_ERROR = 1000
+"""Characters kept of what an actor said: the records of many requests are kept, and sent as one message."""
 RELEASE_S = 2.0
 """Limit of a release: the lease on the reservation ends it anyway."""
 
@@ -89,7 +91,7 @@ class Attempt:
             span.error = "cancelled"
             raise
         except Exception as error:
-            span.error = f"{type(error).__name__}: {error}"
+            span.error = f"{type(error).__name__}: {error}"[:MOST_ERROR]
             if isinstance(error, GONE):
                 self.loads.suspect(entry, self.node.clock.now())
             raise

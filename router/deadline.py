@@ -1,6 +1,7 @@
 """One time limit over many short waits of one task."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 
 from callboard.bus import AskTimeout
@@ -11,13 +12,16 @@ class Deadline:
     """A limit that holds only inside of ``with deadline:``, which may be entered again and again.
 
     A scope of ``asyncio.timeout`` a token costs more than all else the router does with it, and around all tokens it
-    would strike while the generator is suspended at a yield, in whoever drives it. ``close`` when it no longer matters.
+    would strike while the generator is suspended at a yield, in whoever drives it. If it passes outside of all scopes,
+    ``on_idle`` hears of it: whoever reads the tokens may not want the next one for ever. ``close`` when it no longer
+    matters.
     """
 
-    def __init__(self, clock: Clock, *, seconds: float, what: str) -> None:
+    def __init__(self, clock: Clock, *, seconds: float, what: str, on_idle: Callable[[AskTimeout], None]) -> None:
         self._clock = clock
         self._until = clock.now() + seconds
         self._what = what
+        self._on_idle = on_idle
         self._task: asyncio.Task[object] | None = None
         self._num_cancels = 0
         self._is_past = False
@@ -37,6 +41,8 @@ class Deadline:
         if self._task is not None:
             self._has_struck = True
             self._task.cancel()
+        else:
+            self._on_idle(self._error())
 
     def _error(self) -> AskTimeout:
         return AskTimeout(f"{self._what} passed its deadline")

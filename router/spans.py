@@ -8,6 +8,9 @@ NUM_REQUESTS = 1000
 NUM_PER_REQUEST = 512
 """More than any sensible script makes; a script that loops keeps its last ones."""
 
+MOST_TOLD = 8192
+"""Sub-requests that are told of at once: they are one message."""
+
 
 def request_of(request_id: str) -> str:
     """Return the id of the request a sequence belongs to: ``ID`` for ``ID`` and ``ID.1``."""
@@ -55,9 +58,14 @@ class Spans:
         return tuple(sorted(wanted, key=lambda s: s.start_s))
 
     def of_last(self, limit: int) -> tuple[SubRequest, ...]:
-        """Return those of the last ``limit`` requests, the oldest request first."""
-        last = list(self._records)[-limit:] if limit > 0 else []
-        return tuple(s for request_id in last for s in self.of_request(request_id))
+        """Return those of the last ``limit`` requests, the oldest request first; fewer where those are too many."""
+        last: list[SubRequest] = []
+        for request_id in list(self._records)[: -limit - 1 : -1] if limit > 0 else []:
+            found = self.of_request(request_id)
+            if len(last) + len(found) > MOST_TOLD:
+                break
+            last[:0] = found
+        return tuple(last)
 
     def _record(self, request_id: str) -> RequestRecord:
         key = request_of(request_id)

@@ -121,17 +121,20 @@ async def running_fleet(
     seed: int = 0,
     lease_s: float = 10.0,
     is_shared: bool = False,
+    has_own_directory: bool = False,
     **engine_options: Any,
 ) -> AsyncIterator[Fleet]:
     """Start directory, router, and an engine per name (p...: prefill, d...: decode, others: both).
 
     Each engine has a KV manager of its own, ``kv-NAME``; with ``is_shared`` all of them share ``kv``, as on one device.
+    With ``has_own_directory`` the directory is alone on the node ``directory``, else beside the router on ``control``.
     """
     async with AsyncExitStack() as stack:
         fleet = Fleet(hub or InprocHub(), stack, clock, seed)
         fleet.client = await fleet.node("client")
         control = await fleet.node("control")
-        directory = await fleet.start(control, "directory", Directory(), None)
+        directory_node = await fleet.node("directory") if has_own_directory else control
+        directory = await fleet.start(directory_node, "directory", Directory(), None)
         for name in engines:
             kv_name = "kv" if is_shared else f"kv-{name}"
             if kv_name not in fleet.managers:
@@ -155,7 +158,9 @@ async def running_fleet(
             )
             await fleet.start(engine_node, name, Engine(config), engine_node.ref(directory.address))
         router = RouterActor(RouterActor.Config(name="main", script=script, options=options or {}))
-        fleet.router = await fleet.start(control, "main", router, directory)
+        fleet.router = await fleet.start(control, "main", router, control.ref(directory.address))
+        async with asyncio.timeout(10):
+            await router.view.wait_for(lambda view: sum(each.kind == "engine" for each in view.entries) == len(engines))
         yield fleet
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from callboard.actors.protocol import Entry, ListEntries
 from callboard.bus import Address, Ask, BusError, Node
+from callboard.bus.transports.zmq import KEY_REFUSED
 
 from .errors import CliError
 from .running import RunningFleet
@@ -15,17 +16,22 @@ TIMEOUT_S = 3.0
 
 
 async def _ask(fleet: RunningFleet, address: Address, message: Ask[R], timeout: float) -> R:
-    async with Node(f"callboard-{os.getpid()}", fleet=fleet.state.name) as node:
+    async with Node(f"callboard-{os.getpid()}", fleet=fleet.state.name, keys=fleet.keys()) as node:
         return await node.ref(address).ask(message, timeout=timeout)
 
 
 def ask(fleet: RunningFleet, address: Address, message: Ask[R], timeout: float = TIMEOUT_S) -> R:
-    """Ask one actor of a running fleet. Raises BusError."""
-    return asyncio.run(_ask(fleet, address, message, timeout))
+    """Ask one actor of a running fleet. Raises BusError, and CliError for want of the fleet's keys."""
+    try:
+        return asyncio.run(_ask(fleet, address, message, timeout))
+    except BusError as error:
+        if KEY_REFUSED in str(error):
+            raise CliError(fleet.why_refused()) from None
+        raise
 
 
 def list_entries(fleet: RunningFleet) -> tuple[Entry, ...]:
-    """Return what the fleet's directory knows. Raises BusError."""
+    """Return what the fleet's directory knows. Raises BusError, CliError."""
     return ask(fleet, fleet.state.directory, ListEntries()).entries
 
 

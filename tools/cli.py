@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import CliError
 
@@ -32,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="print the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
-    def command(name: str, summary: str, examples: str, entry: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+    def command(name: str, summary: str, examples: str, entry: str, within: Any = commands) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = within.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     ps = command("ps", "show who is in a running fleet", "callboard ps\ncallboard ps demo --json", "ps:run")
     ps.add_argument("fleet", nargs="?", metavar="FLEET", help="its name; without one, every fleet that runs")
     ps.add_argument("--json", action="store_true", help="print JSON")
+    _keys_option(ps)
 
     chat = command(
         "chat",
@@ -85,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     requests.add_argument("id", nargs="?", metavar="ID", help="a request id, as in the x-request-id header")
     _fleet_option(requests)
     requests.add_argument("--json", action="store_true", help="print JSON")
+    _keys_option(requests)
 
     logs = command(
         "logs",
@@ -106,6 +109,25 @@ def parser() -> argparse.ArgumentParser:
     init = command("init", "write a commented fleet file", "callboard init\ncallboard init my.toml", "init:run")
     init.add_argument("file", metavar="FILE", nargs="?", default="fleet.toml", help="by default fleet.toml")
     init.add_argument("--force", action="store_true", help="overwrite an existing file")
+
+    keys = command(
+        "keys",
+        "make the keys of a fleet's bus, or tell them apart",
+        "callboard keys new            into the directory keys\ncallboard keys show ~/.callboard/demo",
+        "",
+    )
+    acts = keys.add_subparsers(title="commands", metavar="COMMAND", dest="act", required=True)
+    new = command(
+        "new",
+        "make a directory with the key of a fleet, readable by you alone",
+        "callboard keys new\ncallboard keys new ~/.callboard/demo",
+        "keys:run_new",
+        acts,
+    )
+    new.add_argument("--force", action="store_true", help="replace a key that is there")
+    show = command("show", "check a key file and print its fingerprint", "callboard keys show", "keys:run_show", acts)
+    for each in (new, show):
+        each.add_argument("folder", metavar="DIR", nargs="?", default="keys", help="by default keys")
     return top
 
 
@@ -121,6 +143,10 @@ def _finite(text: str) -> float:
 
 def _fleet_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fleet", metavar="FLEET", help="which fleet, when several run")
+
+
+def _keys_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--keys", metavar="DIR", help="the fleet's keys, if not where it was started with them")
 
 
 def _version() -> str:

@@ -10,6 +10,10 @@ name = "{name}"                        # a running fleet is found by name: callb
 [listen]
 http = "127.0.0.1:8000"                 # the OpenAI API; "0.0.0.0:8000" for every interface
 # api_keys = "api-keys.txt"             # one bearer key per line; without it everybody may ask
+# bus = "tcp://10.0.0.1:7000"           # by default "ipc", for this machine alone; beyond it takes keys
+# keys = "keys"                         # the directory that callboard keys new made: the bus is encrypted
+# silent = "5s"                         # a process that hangs for so long is cut off by the others
+# stall = "30s"                         # a request whose client reads nothing for so long is cancelled
 
 [models.smollm2-135m]                   # the table's name is the OpenAI model name
 path = "embedded"                       # or a directory, a .gguf file, or a hub id such as "Qwen/Qwen3-0.6B"
@@ -24,6 +28,7 @@ size = "1GiB"                           # of its pool; or a share of the memory:
 name = "prefill"
 roles = ["prefill"]                     # by default both roles
 device = "cpu:0"                        # cpu:N is pinned to the N-th core; "cpu" uses all cores
+# runner = "simulated"                  # computes nothing, answers nonsense at once: to try scripts
 # model = "smollm2-135m"                # needed where there are several models
 # count = 2                             # makes prefill-0 and prefill-1
 # block_size = 16                       # tokens per KV block

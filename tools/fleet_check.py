@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from callboard.actors.embedded_model import ModelMissing, locate
+from callboard.bus.keys import read_secret
 from callboard.router.errors import ScriptError
 from callboard.router.script import SHIPPED, load_script, shipped_scripts
 from callboard.router.spans import NUM_REQUESTS
 
 from .api_keys import read_api_keys
+from .endpoints import IPC, needs_keys, split_bus
 from .fleet_file import Engine, FleetFile, Problem, Restart
 from .machine import split_address
 from .toml_lines import Path as KeyPath
@@ -20,6 +22,7 @@ from .units import parse_duration, parse_size
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 NAME_RULE = 'use letters, digits, ".", "-" and "_", at most 40'
+LEAST_SILENT_S = 0.5
 RESERVED = ("control", "directory", "frontend", "launcher")
 
 
@@ -61,10 +64,39 @@ def _at_least(path: KeyPath, value: float, least: int) -> Iterator[Problem]:
 def _listen(file: FleetFile) -> Iterator[Problem]:
     listen = file.fleet.listen
     yield from _attempt(("listen", "http"), split_address, listen.http)
-    if listen.bus != "ipc":
-        yield Problem(("listen", "bus"), f'bus = "{listen.bus}" is not supported by this version: write bus = "ipc"')
+    yield from _bus(file)
+    yield from _silent(listen.silent)
+    yield from _positive_duration(("listen", "stall"), listen.stall)
     if listen.api_keys is not None:
         yield from _attempt(("listen", "api_keys"), read_api_keys, file.base / Path(listen.api_keys).expanduser())
+
+
+def _silent(value: str | float) -> Iterator[Problem]:
+    problems = list(_positive_duration(("listen", "silent"), value))
+    yield from problems
+    if not problems and parse_duration(value) < LEAST_SILENT_S:
+        sentence = "silent must be at least half a second, because a busy process is not heard of for a while, too"
+        yield Problem(("listen", "silent"), f'{sentence}: write for example "5s"')
+
+
+def keys_of(file: FleetFile) -> Path | None:
+    """Return the directory of the fleet's keys; None if it has none."""
+    keys = file.fleet.listen.keys
+    return None if keys is None else file.base / Path(keys).expanduser()
+
+
+def _bus(file: FleetFile) -> Iterator[Problem]:
+    listen, folder = file.fleet.listen, keys_of(file)
+    if folder is not None:
+        yield from _attempt(("listen", "keys"), read_secret, folder)
+    problems = [] if listen.bus == IPC else list(_attempt(("listen", "bus"), split_bus, listen.bus))
+    yield from problems
+    if not problems and listen.keys is None and needs_keys(listen.bus):
+        yield Problem(
+            ("listen", "bus"),
+            f'other machines can reach bus = "{listen.bus}", so it needs keys: '
+            'run "callboard keys new keys", and write keys = "keys" beside it',
+        )
 
 
 def _models(file: FleetFile) -> Iterator[Problem]:
@@ -90,7 +122,7 @@ def _positive_duration(path: KeyPath, value: str | float) -> Iterator[Problem]:
     problems = list(_attempt(path, parse_duration, value))
     yield from problems
     if not problems and parse_duration(value) <= 0:
-        yield Problem(path, f"{path[-1]} must be longer than nothing")
+        yield Problem(path, f'{path[-1]} must be longer than nothing: write for example "10s"')
 
 
 def _names(file: FleetFile) -> Iterator[Problem]:
@@ -125,8 +157,6 @@ def _engines(file: FleetFile) -> Iterator[Problem]:
         yield from _device(engine.device, (*path, "device"))
         if engine.tp != 1:
             yield Problem((*path, "tp"), f"tp = {engine.tp}: tensor parallelism does not exist yet, write tp = 1")
-        if engine.runner == "simulated":
-            yield Problem((*path, "runner"), 'runner = "simulated" is not supported by this version: remove it')
         if not engine.roles or len(set(engine.roles)) != len(engine.roles):
             yield Problem((*path, "roles"), 'roles must name "prefill", "decode" or both, each once')
         for key in ("count", "block_size", "max_num_batched_tokens", "max_num_seqs"):

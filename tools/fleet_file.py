@@ -25,7 +25,14 @@ class Listen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     http: str = "127.0.0.1:8000"
     bus: str = "ipc"
+    """``ipc``, or ``tcp://ADDRESS:PORT`` of the control node: other nodes take ports of their own there."""
+    keys: str | None = None
+    """The directory of the fleet's keys. Without them the bus must not be reachable from other machines."""
     api_keys: str | None = None
+    silent: Duration = "5s"
+    """A node that is not heard of for so long is cut off by the others, though its process may be alive."""
+    stall: Duration = "30s"
+    """A request of which nothing is read for so long is cancelled."""
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -238,7 +245,7 @@ def _check_tables(value: Any, hint: Any, path: KeyPath, problems: list[Problem])
         _check_table(item, get_args(hint)[0], (*path, index), problems)
 
 
-_NOT_YET = {"keys", "verify", "tiers", "prompts"}
+_NOT_YET = {"verify", "tiers", "prompts"}
 
 
 def _unknown(key: str, fields: dict[str, Any], path: KeyPath) -> str:

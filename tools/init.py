@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from .default_fleet import default_fleet
+from .endpoints import IPC
 from .errors import CliError
 from .fleet_check import check_fleet, engine_names
 from .fleet_file import load_fleet_file
@@ -32,6 +33,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     print(f"OK: {arguments.file} makes the fleet {fleet.name}")
     if fleet.engine:
         print(f"  http     {fleet.listen.http}")
+    if fleet.listen.bus != IPC or fleet.listen.keys is not None:
+        print(f"  bus      {fleet.listen.bus}, {'without keys' if fleet.listen.keys is None else 'with keys'}")
     for name, model in fleet.models.items():
         print(f"  model    {name} ({model.path})")
     for engine in fleet.engine:

@@ -14,9 +14,12 @@ import msgspec
 from callboard.actors.run_dir import remove_run_dir
 from callboard.actors.supervisor import NodeFailed, NodeState, Supervisor
 from callboard.bus import Address
+from callboard.bus.keys import KeysError, read_secret
 from callboard.bus.liveness import own_pid
 
+from .endpoints import CONTROL, Endpoints
 from .errors import CliError, StartFailed
+from .fleet_check import keys_of
 from .fleet_file import FleetFile
 from .machine import allowed_cores, available_memory, claim_port, split_address, total_memory
 from .models import resolve_models
@@ -81,10 +84,21 @@ class Launcher:
         os.close(fd)
 
     async def _serve(self, lock: int) -> int:
-        directory = Address("control", f"ipc://{self._folder / 'control.sock'}", "directory")
+        with Endpoints(self._file.fleet.listen.bus, self._folder) as endpoints:
+            return await self._serve_at(endpoints, lock)
+
+    async def _serve_at(self, endpoints: Endpoints, lock: int) -> int:
+        name, keys_folder = self._file.fleet.name, keys_of(self._file)
+        directory = Address(CONTROL, endpoints.of(CONTROL), "directory")
         pid, start = own_pid()
-        self._write(FleetState(self._file.fleet.name, "starting", pid, start, directory, fleet_file=self._file.source))
-        plan = await self._plan()
+        shown = None if keys_folder is None else str(keys_folder)
+        source = self._file.source
+        self._write(FleetState(name, "starting", pid, start, directory, fleet_file=source, keys=shown))
+        try:
+            keys = None if keys_folder is None else read_secret(keys_folder)
+        except KeysError as error:
+            raise StartFailed(str(error)) from None
+        plan = await self._plan(endpoints, keys)
         self._write(url=plan.url, models=plan.models)
         supervisor = self._supervisor = Supervisor(
             environment=self._environment, on_change=self._on_change, inherited=(lock,)
@@ -95,8 +109,8 @@ class Launcher:
             if plan.url is not None:
                 await self._wait_until_healthy(plan.url, supervisor)
             self._write(state="ready")
-            keys = self._file.fleet.listen.api_keys
-            started = Started(self._file.fleet.name, pid, plan.url, plan.models, self._is_detached, keys)
+            api_keys = self._file.fleet.listen.api_keys
+            started = Started(name, pid, plan.url, plan.models, self._is_detached, api_keys)
             self._show(Event("ready", started=started))
             await supervisor.fatal.wait()
             raise self._why_it_ended(plan, supervisor)
@@ -107,7 +121,7 @@ class Launcher:
             self._show(Event("step", "stopping"))
             await supervisor.stop()
 
-    async def _plan(self) -> Plan:
+    async def _plan(self, endpoints: Endpoints, keys: bytes | None) -> Plan:
         fleet = self._file.fleet
         host, port = split_address(fleet.listen.http)
         if fleet.engine:
@@ -120,7 +134,15 @@ class Launcher:
             show=self._show,
         )
         machine = Machine(allowed_cores(), total_memory())
-        plan = Planner(self._file, run_dir=self._folder, models=models, machine=machine, port=port).plan()
+        plan = Planner(
+            self._file,
+            run_dir=self._folder,
+            models=models,
+            machine=machine,
+            port=port,
+            endpoints=endpoints,
+            keys=keys,
+        ).plan()
         for warning in plan.warnings:
             self._show(Event("warning", warning))
         check_memory(plan, available_memory())

@@ -10,17 +10,16 @@ import msgspec
 from callboard.actors.model_config import ModelConfigError, ModelFacts, layout_of, read_model_config
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
 from callboard.bus import Address
+from callboard.bus.private import why_open
 from callboard.kv.layout import DTYPE_BYTES
 
 from .api_keys import read_api_keys
-from .errors import FleetFileError
+from .endpoints import CONTROL, IPC, Endpoints
 from .fleet_check import engine_names, manager_name, model_of, script_path
 from .fleet_file import Engine, FleetFile, Problem, Restart, Router
 from .machine import split_address
 from .units import format_size, parse_duration, parse_size
 
-MAX_PATH = 100
-"""A unix socket's path has 107 bytes, and a pool's socket is named after its manager."""
 PROCESS_BYTES = 400 << 20
 """What an engine's process takes beside its weights, mostly torch."""
 
@@ -74,15 +73,27 @@ class _Device:
 class Planner:
     """Makes the Plan of one fleet file, whose models were resolved to directories."""
 
-    def __init__(self, file: FleetFile, *, run_dir: Path, models: dict[str, Path], machine: Machine, port: int) -> None:
+    def __init__(
+        self,
+        file: FleetFile,
+        *,
+        run_dir: Path,
+        models: dict[str, Path],
+        machine: Machine,
+        port: int,
+        endpoints: Endpoints | None = None,
+        keys: bytes | None = None,
+    ) -> None:
         self.file = file
         self.fleet = file.fleet
         self.run_dir = run_dir
+        self.endpoints = endpoints or Endpoints(IPC, run_dir)
+        self.keys = keys
         self.models = models
         self.machine = machine
         self.port = port
         self.warnings: list[str] = []
-        self.directory = self.address("control", "directory")
+        self.directory = self.address(CONTROL, "directory")
         self.facts: dict[str, ModelFacts] = {}
         self.devices: dict[str, _Device] = {}
         self.max_lens: dict[str, int] = {}
@@ -90,6 +101,9 @@ class Planner:
     def plan(self) -> Plan:
         """Return the plan. Raises FleetFileError where the file and its models do not fit together."""
         self._read_models()
+        if self.fleet.listen.bus != IPC and self.keys is None:
+            sentence = "any user of this machine can join the fleet, because its bus has no keys"
+            self.warnings.append(f'{sentence}: run "callboard keys new keys", and write keys = "keys" under [listen]')
         for index, engine in enumerate(self.fleet.engine):
             self.devices.setdefault(engine.device, _Device()).engines.append((index, engine))
         managers = [self._manager(device, found) for device, found in self.devices.items()]
@@ -116,13 +130,7 @@ class Planner:
 
     def address(self, node: str, actor: str) -> Address:
         """Return where an actor of a node is reached."""
-        return Address(node, self._endpoint(node), actor)
-
-    def _endpoint(self, node: str) -> str:
-        path = self.run_dir / f"{node}.sock"
-        if len(str(path)) >= MAX_PATH:
-            raise FleetFileError([f"{path} is too long for a unix socket: shorten the name of the fleet or of {node}"])
-        return f"ipc://{path}"
+        return Address(node, self.endpoints.of(node), actor)
 
     def _node(self, name: str, kind: NodeKind, *actors: ActorSpec, **options: Any) -> NodeSpec:
         log = str(self.run_dir / "logs" / f"{name}.log")
@@ -131,11 +139,13 @@ class Planner:
             self.fleet.name,
             name,
             kind,
-            self._endpoint(name),
+            self.endpoints.of(name),
             actors,
             log,
             directory=self.directory,
+            keys=self.keys,
             dies_with_launcher=dies,
+            silent_s=parse_duration(self.fleet.listen.silent),
             **options,
         )
 
@@ -167,6 +177,8 @@ class Planner:
         return "float32" if dtype == "auto" else dtype  # On CPUs without AMX fp32 is the faster one.
 
     def _weight_bytes(self, engine: Engine) -> int:
+        if engine.runner == "simulated":
+            return 0
         model = self._model(engine)
         config = json.loads((self.models[model] / "config.json").read_text())
         stored = DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
@@ -238,6 +250,7 @@ class Planner:
                 "max_num_seqs": engine.max_num_seqs,
                 "max_model_len": self.max_lens[model],
                 "num_threads": len(cores),
+                "stall_s": parse_duration(self.fleet.listen.stall),
             }
             actor = ActorSpec(name, "callboard.actors.engine.engine:Engine", config)
             restart = _policy(engine.restart)
@@ -255,7 +268,7 @@ class Planner:
         actors += [self._router(router) for router in routers]
         if self.fleet.engine:
             actors.append(self._frontend(routers[0].name))
-        return self._node("control", "control", *actors, removes=str(self.run_dir), is_essential=True)
+        return self._node(CONTROL, "control", *actors, removes=str(self.run_dir), is_essential=True)
 
     def _routers(self) -> tuple[Router, ...]:
         if self.fleet.router or not self.fleet.engine:
@@ -284,7 +297,8 @@ class Planner:
             "name": "frontend",
             "host": host,
             "port": self.port,
-            "router": msgspec.to_builtins(self.address("control", router)),
+            "stall_s": parse_duration(self.fleet.listen.stall),
+            "router": msgspec.to_builtins(self.address(CONTROL, router)),
             "models": {
                 name: {"path": str(self.models[name]), "max_model_len": self.max_lens[name], "roles": sorted(needed)}
                 for name, needed in roles.items()
@@ -293,6 +307,8 @@ class Planner:
         if self.fleet.listen.api_keys is not None:
             path = self.file.base / Path(self.fleet.listen.api_keys).expanduser()
             config["api_keys"] = list(read_api_keys(path))
+            if reason := why_open(path, path.stat()):
+                self.warnings.append(f"the API keys are no secret, because {reason}")
         return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
 
 

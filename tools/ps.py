@@ -10,6 +10,7 @@ from callboard.actors.supervisor import NodeState
 from callboard.bus import BusError
 
 from .bus_client import list_entries
+from .errors import CliError
 from .running import RunningFleet, find_fleet, running_fleets
 
 WIDTH = 500
@@ -32,6 +33,8 @@ class Row(msgspec.Struct, frozen=True):
     num_blocks: int | None
     address: str
     detail: str
+    num_strangers: int | None = None
+    """Connections that its node turned away, because they did not show the fleet's keys."""
 
 
 class FleetRows(msgspec.Struct, frozen=True):
@@ -44,37 +47,45 @@ class FleetRows(msgspec.Struct, frozen=True):
     launcher_pid: int
     actors: tuple[Row, ...]
     problem: str | None = None
+    lacks_key: bool = False
+    """The directory was not asked, or did not answer, for want of the fleet's keys."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one fleet, or all that run."""
-    fleets = running_fleets() if arguments.fleet is None else [find_fleet(arguments.fleet)]
+    keys = arguments.keys
+    fleets = running_fleets(keys=keys) if arguments.fleet is None else [find_fleet(arguments.fleet, keys=keys)]
     found = [look_at(fleet) for fleet in fleets]
+    exit_code = 1 if any(fleet.lacks_key for fleet in found) else 0
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
-        return 0
+        return exit_code
     if not found:
         print('No fleet is running: start one with "callboard up".')
     for fleet in found:
         _print(fleet)
         if fleet.problem is not None:
             print(fleet.problem, file=sys.stderr)
-    return 0
+    return exit_code
 
 
 def look_at(fleet: RunningFleet) -> FleetRows:
     """Join what the directory and the launcher know of a fleet."""
-    state, problem = fleet.state, None
+    state, problem, lacks_key = fleet.state, None, False
     entries: tuple[Entry, ...] = ()
     try:
         entries = list_entries(fleet)
     except BusError as error:
         problem = f"the directory does not answer ({error}); this is what the launcher knows"
+    except CliError as error:
+        problem, lacks_key = f"{error}; this is what the launcher knows", True
     nodes = {node.name: node for node in state.nodes}
     rows = [_row(entry, nodes.get(entry.address.node)) for entry in entries]
     present = {entry.address.node for entry in entries}
     rows += [_absent(node) for node in state.nodes if node.name not in present]
-    return FleetRows(state.name, state.state, state.url, state.models, state.launcher_pid, tuple(rows), problem)
+    return FleetRows(
+        state.name, state.state, state.url, state.models, state.launcher_pid, tuple(rows), problem, lacks_key
+    )
 
 
 def _row(entry: Entry, node: NodeState | None) -> Row:
@@ -94,6 +105,7 @@ def _row(entry: Entry, node: NodeState | None) -> Row:
         entry.load.num_blocks if has_pool else None,
         f"{entry.address.endpoint}#{entry.address.actor}",
         node.detail if node and not is_ready else "",
+        entry.num_strangers,
     )
 
 
@@ -135,3 +147,8 @@ def _print(fleet: FleetRows) -> None:
     for row in fleet.actors:
         if row.detail:
             console.print(f"{row.name}: {row.detail}", markup=False)
+    for pid in dict.fromkeys(row.pid for row in fleet.actors if row.num_strangers):
+        rows = [row for row in fleet.actors if row.pid == pid]
+        names, num = ", ".join(row.name for row in rows), max(row.num_strangers or 0 for row in rows)
+        were = "connection without the fleet's keys was" if num == 1 else "connections without the fleet's keys were"
+        console.print(f"{names}: {num} {were} turned away", markup=False)

@@ -7,6 +7,7 @@ import asyncio
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,6 +17,9 @@ from callboard.bus import Address
 from callboard.bus.liveness import process_start
 
 from .errors import CliError, FleetRuns, NoSuchFleet
+
+if TYPE_CHECKING:
+    from callboard.bus.keys import FleetKeys
 
 STATE = "state.json"
 LINGER_S = 15.0
@@ -34,6 +38,8 @@ class FleetState(msgspec.Struct, frozen=True):
     models: tuple[str, ...] = ()
     fleet_file: str | None = None
     nodes: tuple[NodeState, ...] = ()
+    keys: str | None = None
+    """The directory of the keys it was started with; nothing secret is written down here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +48,43 @@ class RunningFleet:
 
     folder: Path
     state: FleetState
+    keys_folder: Path | None = None
+    """Where this command was told to look for the fleet's keys, if it was."""
 
     @property
     def logs(self) -> Path:
         return self.folder / "logs"
+
+    @property
+    def keys_at(self) -> Path | None:
+        """Where this command looks for the fleet's keys; None for a fleet without."""
+        return self.keys_folder or (None if self.state.keys is None else Path(self.state.keys))
+
+    def keys(self) -> "FleetKeys | None":
+        """Return the fleet's keys, None for a fleet without. Raises CliError where they cannot be read."""
+        folder = self.keys_at
+        if folder is None:
+            return None
+        from callboard.bus.keys import KEY_FILE, FleetKeys, KeysError
+
+        try:
+            return FleetKeys.read(folder, self.state.name)
+        except KeysError as error:
+            if not (folder / KEY_FILE).exists():  # A new one, which the error speaks of, would not be the fleet's.
+                path = folder / KEY_FILE
+                sentence = f"there is no key file {path}: copy the fleet's there, or name its directory with --keys DIR"
+                raise CliError(sentence) from None
+            raise CliError(f"{error}, or name the directory of the fleet's keys with --keys DIR") from None
+
+    def why_refused(self) -> str:
+        """Return why the fleet takes another key than ``keys``, and what to do."""
+        name = self.state.name
+        if self.state.keys is None:
+            return f'fleet "{name}" runs without keys: leave --keys out'
+        return (
+            f'the key in {self.keys_at} is not the one fleet "{name}" was started with: name the directory of that one '
+            "with --keys DIR, or start the fleet anew"
+        )
 
 
 def runtime_root() -> Path:
@@ -81,22 +120,26 @@ def write_state(folder: Path, state: FleetState) -> None:
     part.replace(folder / STATE)
 
 
-def running_fleets() -> list[RunningFleet]:
-    """Return all fleets of this user that run, by name. What a launcher left that was killed alone is removed."""
+def running_fleets(*, keys: str | None = None) -> list[RunningFleet]:
+    """Return all fleets of this user that run, by name. What a launcher left that was killed alone is removed.
+
+    ``keys`` is the directory where their keys are, if not where they were started with.
+    """
+    keys_folder = None if keys is None else Path(keys).expanduser()
     folders = sorted(path for path in runtime_root().iterdir() if path.is_dir())
     found = []
     for folder in folders:
         if (state := read_state(folder)) is not None:
-            found.append(RunningFleet(folder, state))
+            found.append(RunningFleet(folder, state, keys_folder))
         elif (lock := try_lock(folder)) is not None:
             remove_run_dir(folder)
             os.close(lock)
     return found
 
 
-def find_fleet(name: str | None) -> RunningFleet:
-    """Return the fleet of that name, or the only one that runs. Raises NoSuchFleet."""
-    fleets = running_fleets()
+def find_fleet(name: str | None, *, keys: str | None = None) -> RunningFleet:
+    """Return the fleet of that name, or the only one that runs. Raises NoSuchFleet. ``keys``: see running_fleets."""
+    fleets = running_fleets(keys=keys)
     if name is None and len(fleets) == 1:
         return fleets[0]
     names = ", ".join(fleet.state.name for fleet in fleets)
@@ -119,6 +162,7 @@ async def claim_run_dir(name: str) -> tuple[Path, int]:
         lock = try_lock(folder)
         if lock is not None:
             clear_run_dir(folder)
+            folder.chmod(0o700)  # It may have been there: sockets lie in it.
             (folder / "logs").mkdir(mode=0o700)
             return folder, lock
         if (state := read_state(folder)) is not None:

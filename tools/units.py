@@ -1,5 +1,6 @@
 """Sizes and durations as people write them: ``1GiB``, ``80%``, ``10s``."""
 
+import math
 import re
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -27,9 +28,9 @@ def parse_size(text: str | int, *, whole: int) -> int:
 
 def parse_duration(text: str | float) -> float:
     """Return seconds for ``"10s"``, ``"500ms"``, ``"2m"`` or a number of seconds. Raises ValueError."""
-    if isinstance(text, int | float):
+    if isinstance(text, int | float) and math.isfinite(text):
         return float(text)
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2] not in _SECONDS:
         raise ValueError(f'"{text}" is no duration: write for example "10s", "500ms" or "2m"')
     return float(match[1]) * _SECONDS[match[2]]

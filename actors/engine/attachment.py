@@ -35,6 +35,8 @@ class Attachment:
         self.is_attached = False
         self.count = 0
         """Of attachments so far: an answer from before the present one is about blocks that are gone."""
+        self.named = ""
+        """The manager's name for the last one: what is said of its blocks says it."""
         self._node = node
         self._message = message
         self._on_attached = on_attached
@@ -66,7 +68,7 @@ class Attachment:
                                 continue
                             store = await self._map(item)
                             await self._on_attached(store)
-                            self.is_attached, self.count = True, self.count + 1
+                            self.is_attached, self.count, self.named = True, self.count + 1, item.attachment
                             self._attached.set()
                             retry_s = FIRST_RETRY_S
                     except asyncio.CancelledError:

@@ -51,7 +51,9 @@ class BlockSupply:
         wait_s = min(0.95 * remaining_s, LONGEST_WAIT_S)
         is_placed = False
         try:
-            message = Admit(self._engine, sequence.sequence_id, pack_tokens(sequence.tokens), kv, wait_s)
+            message = Admit(
+                self._engine, sequence.sequence_id, pack_tokens(sequence.tokens), kv, wait_s, self._attachment.named
+            )
             admitted = await self._manager.ask(message, timeout=remaining_s)
             if not self._attachment.is_current(attachment):
                 raise LinkLost(f"{self._engine} lost its KV manager")
@@ -81,7 +83,7 @@ class BlockSupply:
     def recall(self, num_blocks: int) -> None:
         """Give back unused blocks of the slab, because somebody else needs them."""
         if len(self._scheduler.slab):
-            self._manager.tell(Give(self._engine, self._scheduler.slab.give(num_blocks)))
+            self._manager.tell(Give(self._engine, self._scheduler.slab.give(num_blocks), self._attachment.named))
             self._refill_again_s = self._actor.node.clock.now() + QUIET_S
 
     def refill(self) -> None:
@@ -90,12 +92,13 @@ class BlockSupply:
         if not self._attachment.is_attached or self._is_refilling:
             return
         if not slab.target and len(slab):
-            self._manager.tell(Give(self._engine, slab.give()))
+            self._manager.tell(Give(self._engine, slab.give(), self._attachment.named))
         is_short = self._scheduler.is_short
         if slab.wants and (is_short or self._actor.node.clock.now() >= self._refill_again_s):
             self._is_refilling = True
             wait_s = REFILL_WAIT_S if is_short else 0.0
-            self._actor.spawn(self._await_refill(Refill(self._engine, slab.wants, wait_s), self._attachment.count))
+            refill = Refill(self._engine, slab.wants, wait_s, self._attachment.named)
+            self._actor.spawn(self._await_refill(refill, self._attachment.count))
 
     async def _await_refill(self, message: Refill, attachment: int) -> None:
         clock = self._actor.node.clock
@@ -114,7 +117,7 @@ class BlockSupply:
         if self._attachment.is_current(attachment):
             self._scheduler.slab.refill(blocks)
             self._refill_again_s = clock.now() + (0.0 if blocks else QUIET_S)
-            self._on_change()
+        self._on_change()  # Also after another attachment's: somebody may have come to lack a block meanwhile.
 
     async def _ask_refill(self, message: Refill) -> list[int]:
         try:

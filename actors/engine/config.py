@@ -34,5 +34,5 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_buffered_tokens: int = 256
     """Tokens a sequence may be ahead of whoever reads it; then it pauses."""
     stall_s: float = 30.0
-    """A paused sequence of which nothing is read for so long is aborted."""
+    """A paused sequence of which nothing is read for so long is ended with Stalled."""
     simulated: Simulation = Simulation()

@@ -52,3 +52,15 @@ def check_begin(begin: int | None, num_tokens: int) -> None:
     first = begin + num_tokens if begin < 0 else begin
     if not 0 <= first <= num_tokens:
         raise BadRange(begin=begin, end=num_tokens, num_tokens=num_tokens, reason="it begins outside of the prompt")
+
+
+def check_block_table(block_table: bytes, num_blocks: int) -> None:
+    """Raise BadRequest for a table with a block that a pool of ``num_blocks`` does not have, or one block twice."""
+    try:
+        blocks = unpack_tokens(block_table)
+    except ValueError:
+        raise BadRequest(reason=f"a block table of {len(block_table)} bytes holds no whole number of ids") from None
+    if blocks and not 0 <= min(blocks) <= max(blocks) < num_blocks:
+        raise BadRequest(reason=f"the block table names blocks outside of the pool's {num_blocks}")
+    if len(set(blocks)) != len(blocks):
+        raise BadRequest(reason="a block is twice in the table")

@@ -5,7 +5,8 @@ thread, and carries out what comes of them. Nothing here decides what is compute
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from functools import partial
 
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import (
@@ -20,22 +21,24 @@ from callboard.actors.protocol import (
     LayersDone,
     Load,
     Probe,
+    Stalled,
     StartGenerate,
     Token,
 )
 from callboard.actors.registration import Registration
-from callboard.bus import ActorDied, BusError, LinkLost
+from callboard.bus import ActorDied, BusError, LinkLost, current_call
 from callboard.kv.page_store import PageStore
 from callboard.kv.tokens import num_tokens
 
 from .attachment import Attachment
 from .block_supply import BlockSupply
 from .config import EngineConfig
-from .door import Door, check_begin, check_sampling
+from .door import Door, check_begin, check_block_table, check_sampling
 from .generation import Generation
 from .runners import make_runner
 from .scheduler import Emit, Prefilled, Released, Scheduler
 from .sequence import Sequence
+from .simulated import SimulatedRunner
 from .step import Runner, Step, StepResult
 from .throughput import Throughput
 
@@ -126,8 +129,7 @@ class Engine(Actor):
         check_begin(message.begin, len(prompt))
         sequence_id = f"{message.request_id}/{self.node.new_id()}"
         sequence = Sequence(sequence_id, prompt, message.sampling, request_id=message.request_id)
-        generation = Generation(sequence, now=self.node.clock.now())
-        self._generations[sequence_id] = generation
+        generation = self._open(sequence)
         kv = message.kv
         try:
             while True:
@@ -147,17 +149,17 @@ class Engine(Actor):
     async def on_compute_kv(self, message: ComputeKv) -> AsyncIterator[LayersDone | KvComputed]:
         await self._started.wait()
         tokens = self.door.check_prompt(message.tokens, is_generating=False)
+        check_block_table(message.block_table, self._num_blocks)
         num_slots = num_tokens(message.block_table) * self.config.block_size
         if not 0 <= message.num_cached_tokens <= len(tokens) <= num_slots:
             raise BadRequest(reason=f"{num_slots} slots do not hold {len(tokens)} tokens")
-        if not self.attachment.is_attached:
-            raise LinkLost(f"{self.name} is not attached to its KV manager")
+        if not self.attachment.is_attached or message.attachment not in ("", self.attachment.named):
+            raise LinkLost(f"{self.name} is not attached to its KV manager, or has been anew")
         sequence_id = f"{message.request_id}/{self.node.new_id()}"
         sequence = Sequence(sequence_id, tokens, None, request_id=message.request_id)
         sequence.place(message.block_table, message.num_cached_tokens)
-        generation = Generation(sequence, now=self.node.clock.now())
+        generation = self._open(sequence)
         generation.needs_admission = False
-        self._generations[sequence_id] = generation
         if sequence.num_uncomputed_tokens:
             self.scheduler.add(sequence)
             self._wake.set()
@@ -187,6 +189,13 @@ class Engine(Actor):
         return Done()
 
     # ---- sequences -----------------------------------------------------------------------------------------------
+
+    def _open(self, sequence: Sequence) -> Generation:
+        call = current_call()
+        assert call is not None, "a stream is served"
+        generation = Generation(sequence, call, now=self.node.clock.now())
+        self._generations[sequence.sequence_id] = generation
+        return generation
 
     async def _admit(self, generation: Generation, kv: KvAddr | None) -> None:
         """Wait for a place, and for blocks; ends at once when the generation is aborted meanwhile."""
@@ -222,14 +231,13 @@ class Engine(Actor):
             self.spawn(self._watch_stall(generation))
 
     async def _watch_stall(self, generation: Generation) -> None:
-        """Abort a paused sequence once nothing of it has been read for ``stall_s``."""
+        """End the stream of a paused sequence once nothing of it has been read for ``stall_s``."""
         sequence, clock = generation.sequence, self.node.clock
         while sequence.is_paused and sequence.sequence_id in self._generations:
             left_s = generation.read_s + self.config.stall_s - clock.now()
             if left_s <= 0:
-                generation.abort(clock.now())
-                self.scheduler.abort(sequence.sequence_id)
-                self._wake.set()
+                # Its handler waits for credit, and nothing it could be told would reach it.
+                generation.call.fail(Stalled(request_id=sequence.request_id, stall_s=self.config.stall_s))
                 break
             await clock.sleep(left_s)
         generation.is_watched = False
@@ -262,23 +270,19 @@ class Engine(Actor):
             self._stepped.set()
 
     async def _compute(self, step: Step) -> StepResult:
-        """Run a step in the worker thread; a simulated one takes its time here, group by group of layers."""
-        if self.config.runner != "simulated":
-            loop = asyncio.get_running_loop()
-            return await self._in_thread(
-                step, lambda *layers: loop.call_soon_threadsafe(self._report_layers, step, *layers)
+        """Run a step in the worker thread; a simulated one takes its time on the node's clock."""
+        loop, runner = asyncio.get_running_loop(), self.runner
+        running: asyncio.Future[StepResult]
+        if isinstance(runner, SimulatedRunner):
+            running = asyncio.ensure_future(
+                runner.run_timed(step, partial(self._report_layers, step), self.node.clock.sleep)
             )
-        groups: list[tuple[int, int]] = []
-        result = await self._in_thread(step, lambda *layers: groups.append(layers))
-        for layers in groups:
-            await self.node.clock.sleep(result.duration_s / len(groups))
-            self._report_layers(step, *layers)
-        if not groups:
-            await self.node.clock.sleep(result.duration_s)
-        return result
-
-    async def _in_thread(self, step: Step, on_layers: Callable[[int, int], object]) -> StepResult:
-        running = asyncio.ensure_future(self._worker.run(self.runner.run, step, on_layers))
+        else:
+            running = asyncio.ensure_future(
+                self._worker.run(
+                    runner.run, step, lambda *layers: loop.call_soon_threadsafe(self._report_layers, step, *layers)
+                )
+            )
         try:
             return await asyncio.shield(running)
         finally:

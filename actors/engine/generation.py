@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from callboard.actors.protocol import BadRequest, FinishReason, KvComputed, LayersDone, Token, Usage
-from callboard.bus import BusError
+from callboard.bus import BusError, Call
 
 from .sequence import Sequence
 from .step import Sample
@@ -17,10 +17,14 @@ Item = Token | LayersDone | KvComputed
 
 
 class Generation:
-    """A sequence and its reader. ``now`` is the node's clock everywhere; the buffer is the reader's to empty."""
+    """A sequence and its reader. ``now`` is the node's clock everywhere; the buffer is the reader's to empty.
 
-    def __init__(self, sequence: Sequence, *, now: float) -> None:
+    ``call`` is the stream it answers.
+    """
+
+    def __init__(self, sequence: Sequence, call: Call, *, now: float) -> None:
         self.sequence = sequence
+        self.call = call
         self.needs_admission = True
         """It has no blocks: at first, and again after a preemption."""
         self.read_s = now

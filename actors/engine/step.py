@@ -64,13 +64,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a runner made of a step: one Sample per chunk that draws, in order.
-
-    ``duration_s`` is the time a simulated step would have taken, which is still to be slept; real ones have 0.
-    """
+    """What a runner made of a step: one Sample per chunk that draws, in order."""
 
     samples: tuple[Sample, ...]
-    duration_s: float = 0.0
 
 
 OnLayers = Callable[[int, int], None]

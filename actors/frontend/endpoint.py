@@ -24,6 +24,8 @@ Send = Callable[[Any], Awaitable[None]]
 
 log = logging.getLogger("callboard.frontend")
 
+CONNECTION = "callboard.connection"
+"""Where an ASGI scope holds the client's connection (connection.py)."""
 _DONE = b"data: [DONE]\n\n"
 _PATIENCE = 4
 """How many times the size limit a body may have and still be read to its end."""
@@ -60,8 +62,10 @@ class Endpoint:
         ids = self._backend.claim_ids(wanted, prepared.num_sequences)
         try:
             answer = build_answer(prepared, self._backend, ids, prefix, scope["headers"])
-            return await self._serve(answer, receive, send)
+            await self._serve(answer, receive, send)
         finally:
+            if (connection := scope.get(CONNECTION)) is not None and connection.has_stalled:
+                log.warning("request %s was cancelled: its client took nothing of the answer", ids[0])
             self._backend.release_ids(ids)
 
     async def _serve(self, answer: Answer, receive: Receive, send: Send) -> None:

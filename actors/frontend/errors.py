@@ -71,6 +71,7 @@ _STATUS_OF_REFUSAL: dict[str, tuple[int, str]] = {
     "OutOfBlocks": (503, "out_of_blocks"),
     "QueueFull": (429, "queue_full"),
     "UnknownModel": (404, "model_not_found"),
+    "Stalled": (408, "stalled"),
     "UnknownActor": (503, "unavailable"),
     "NoEngine": (503, "unavailable"),
     "StaleReservation": (503, "unavailable"),

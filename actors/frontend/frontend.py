@@ -50,6 +50,8 @@ class Frontend(Actor):
         max_body_bytes: int = 8 << 20
         grace_s: int = 2
         """How long requests may go on when the frontend is stopped."""
+        stall_s: float = 30.0
+        """A client that takes nothing of its answer for so long is cut off, and its request cancelled."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -84,7 +86,7 @@ class Frontend(Actor):
             bound.close()
             raise
         self.port = bound.getsockname()[1]
-        self._server = HttpServer(app, bound, grace_s=config.grace_s)
+        self._server = HttpServer(app, bound, grace_s=config.grace_s, stall_s=config.stall_s)
         self.spawn(self._server.serve())
         if self.directory is not None:
             self._view = DirectoryView(self)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import hashlib
 import hmac
 import socket
 from collections.abc import Callable, Generator, Sequence
@@ -19,6 +20,7 @@ from litestar.types import Receive, Scope, Send
 from callboard.bus import Refusal
 
 from .answer import Backend
+from .connection import HttpConfig
 from .endpoint import Endpoint
 from .errors import ApiError, as_api_error
 from .requests import decode_chat, decode_completion
@@ -32,6 +34,8 @@ KEEP_ALIVE_S = 65
 """Longer than clients keep idle connections: whoever closes first must not be the server, or requests are lost."""
 LAST_WORDS_S = 2
 """How long a client may take to read the end of an answer that a stop cuts short."""
+UNSENT_BYTES = 16 << 10
+"""What the kernel takes beyond what the client's side has room for: else megabytes of tokens pass for read."""
 
 
 class CannotListen(Refusal):
@@ -62,6 +66,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)  # Connections inherit it.
         bound.bind(address)
         bound.listen(2048)
         bound.setblocking(False)
@@ -114,10 +119,10 @@ def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str]) -> Li
 class HttpServer:
     """Uvicorn on a socket that is bound already, as a coroutine that an actor owns."""
 
-    def __init__(self, app: Litestar, bound: socket.socket, *, grace_s: int) -> None:
-        config = uvicorn.Config(
+    def __init__(self, app: Litestar, bound: socket.socket, *, grace_s: int, stall_s: float) -> None:
+        config = HttpConfig(
             app,
-            http="httptools",
+            stall_s=stall_s,
             loop="none",  # the loop that runs already
             ws="none",
             lifespan="on",
@@ -154,7 +159,7 @@ class HttpServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: HttpConfig) -> None:
         super().__init__(config)
         self._exit = asyncio.Event()
 
@@ -180,14 +185,14 @@ def _json(value: msgspec.Struct, *, status: int = 200, headers: dict[str, str] |
 
 
 def _guard(api_keys: Sequence[str]) -> Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]:
-    keys = [key.encode() for key in api_keys]
+    keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     def check(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
         if handler.opt.get("is_open"):
             return
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        # Every key is compared, each in constant time: how long it takes says nothing.
+        given = hashlib.sha256(key.strip().encode()).digest()
+        # Every key is compared, each in constant time, and all are equally long: how long it takes says nothing.
         matches = [hmac.compare_digest(given, known) for known in keys]
         if scheme.lower() != "bearer" or not any(matches):
             text = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY'."

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from callboard.actors.protocol import Attach, Attached, BadRequest, Recall
-from callboard.bus import Address, Call, UnknownActor
+from callboard.bus import Address, Call, LinkLost, UnknownActor
 from callboard.kv.accounts import EngineAccount
 
 from .pool_actor import PoolActor
@@ -17,6 +17,8 @@ class _Attachment:
         self.account = account
         self.address = address
         self.num_recalled = 0
+        self.is_replaced = False
+        """Somebody else attached under the engine's name."""
         self.wanted = asyncio.Event()
 
 
@@ -28,22 +30,32 @@ class Attachments:
         self._attachments: dict[str, _Attachment] = {}
 
     async def serve(self, message: Attach, call: Call) -> AsyncGenerator[Attached | Recall, None]:
-        """Keep an engine's account for as long as its tie stands. Raises BadRequest for another layout."""
+        """Keep an engine's account for as long as its tie stands.
+
+        Raises BadRequest for another layout, LinkLost when another engine attaches under the name.
+        """
         manager = self._manager
         if message.layout != manager.config.layout:
             raise BadRequest(reason=f"the pool of {manager.name} has another layout than engine {message.engine}")
         attachment = _Attachment(manager.blocks.attach(message.engine, call.caller_incarnation), message.address)
+        before = self._attachments.get(message.engine)
+        if before is not None:  # It may be alive, and would go on without an account for ever.
+            before.is_replaced = True
+            before.wanted.set()
         self._attachments[message.engine] = attachment
         manager.changed()
         try:
-            yield Attached(manager.epoch, manager.config.num_blocks, manager.pool_path)
+            named = attachment.account.attachment
+            yield Attached(manager.epoch, manager.config.num_blocks, manager.pool_path, named)
             while True:
                 await attachment.wanted.wait()
                 attachment.wanted.clear()
+                if attachment.is_replaced:
+                    raise LinkLost(f"another engine {message.engine} attached itself to {manager.name}")
                 yield Recall(attachment.num_recalled)
         finally:
-            # A link that broke, or a deadline, says nothing about what the engine is doing.
-            is_known = call.ended in ("cancelled", "actor_died", "stopped")
+            # A link that broke, a deadline, or this manager's own end says nothing about what the engine is doing.
+            is_known = call.ended in ("cancelled", "actor_died")
             manager.blocks.detach(attachment.account, is_known=is_known)
             if self._attachments.get(message.engine) is attachment:
                 del self._attachments[message.engine]

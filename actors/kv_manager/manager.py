@@ -44,6 +44,7 @@ from callboard.bus import Call, current_call
 from callboard.kv.accounts import Grant
 from callboard.kv.block_manager import BlockManager
 from callboard.kv.layout import BadRange, OutOfBlocks, StaleReservation
+from callboard.kv.poison import Poison
 from callboard.kv.published import PublishedPool, published_in_process, published_to_processes
 from callboard.kv.reservation_table import Held
 from callboard.kv.slots import resolve_range, slot_runs
@@ -83,6 +84,8 @@ class KvManager(PoolActor):
         self.spawn(self._hold_pool(ready))
         pool = await ready
         self.store, self.pool_path = pool.store, pool.path
+        if node.clock.is_virtual:
+            self.blocks.allocator.pool.watch = Poison(self.store)
         self.spawn(self._expire())
         if self.directory is not None:
             self.spawn(self._report())
@@ -96,16 +99,18 @@ class KvManager(PoolActor):
         _require_tokens(message.prompt)
         length = num_tokens(message.prompt)
         _, end = resolve_range(0, message.end, length)
-        reservations = self.blocks.reservations
-        held = await self.queue.take(
-            Priority.PREP_RECV,
-            self.blocks.allocator.blocks_for(length),
-            lambda: reservations.reserve(
-                (message.request_id, message.attempt, message.engine), message.prompt, end, now=self.node.clock.now()
-            ),
-            lambda held: reservations.release(held.reservation.id),
-            message.wait_s,
-        )
+        reservations, clock = self.blocks.reservations, self.node.clock
+        key = (message.request_id, message.attempt, message.engine)
+        # Whoever asks again does not queue: those who wait for blocks may be waiting for this one's.
+        held = reservations.renew(key, message.prompt, end, now=clock.now())
+        if held is None:
+            held = await self.queue.take(
+                Priority.PREP_RECV,
+                self.blocks.allocator.blocks_for(length),
+                lambda: reservations.reserve(key, message.prompt, end, now=clock.now()),
+                lambda held: reservations.release(held.reservation.id),
+                message.wait_s,
+            )
         self._leased.set()
         return Reserved(self._address(held), held.num_cached_tokens, end, held.num_cached_tokens)
 
@@ -115,7 +120,8 @@ class KvManager(PoolActor):
 
     def on_probe(self, message: Probe) -> Probed:
         cached = self.blocks.cache.match(message.prompt).num_tokens
-        return Probed(cached, self.blocks.allocator.num_available, self.config.num_blocks)
+        blocks, config = self.blocks, self.config
+        return Probed(cached, blocks.allocator.num_available, config.num_blocks, self.node.incarnation)
 
     def on_release(self, message: Release) -> Done:
         if message.kv.epoch == self.epoch:
@@ -133,26 +139,31 @@ class KvManager(PoolActor):
     async def on_admit(self, message: Admit) -> Admitted:
         """After an Admit that was cancelled or timed out, tell Finish: the answer may have been under way."""
         _require_tokens(message.tokens)
-        lease = self.blocks.account(message.engine).sequences.get(message.sequence_id)
+        lease = self.blocks.account(message.engine, message.attachment).sequences.get(message.sequence_id)
         if lease is not None:
             return _admitted(lease.grant)
         blocks, kv = self.blocks, message.kv
         total = blocks.allocator.blocks_for(num_tokens(message.tokens))
         engine, sequence_id, tokens = message.engine, message.sequence_id, message.tokens
+        attachment = message.attachment
 
         def undo(_: Grant) -> None:
             blocks.finish(engine, sequence_id, b"", ())
 
         if kv is None:
             grant = await self.queue.take(
-                Priority.ADMIT, total, lambda: blocks.admit(engine, sequence_id, tokens), undo, message.wait_s
+                Priority.ADMIT,
+                total,
+                lambda: blocks.admit(engine, sequence_id, tokens, attachment),
+                undo,
+                message.wait_s,
             )
             return _admitted(grant)
         with self._awaiting(kv) as held:
             await self._sealed(held)
 
             def adopt() -> Grant:
-                return blocks.adopt(engine, sequence_id, tokens, kv.reservation_id)
+                return blocks.adopt(engine, sequence_id, tokens, kv.reservation_id, attachment)
 
             if total <= len(held.block_table):
                 # Whoever lacks nothing does not queue: those who wait for blocks may be waiting for this one's.
@@ -161,13 +172,17 @@ class KvManager(PoolActor):
         return _admitted(grant)
 
     async def on_refill(self, message: Refill) -> Slab:
-        got: list[int] = self.blocks.refill(message.engine, message.num_blocks)
+        got: list[int] = self.blocks.refill(message.engine, message.num_blocks, message.attachment)
         if not got and message.num_blocks > 0 and message.wait_s > 0:
             got = await self._await_refill(message)
         return Slab(pack_tokens(got))
 
     def on_give(self, message: Give) -> None:
-        self.blocks.give(message.engine, unpack_tokens(message.blocks))
+        try:
+            blocks = unpack_tokens(message.blocks)
+        except ValueError as error:
+            raise BadRequest(reason=f"Give of {message.engine}: {error}") from None
+        self.blocks.give(message.engine, blocks, message.attachment)
         self.changed()
 
     def on_seal(self, message: Seal) -> None:
@@ -188,7 +203,7 @@ class KvManager(PoolActor):
 
     async def on_tie(self, message: Tie) -> AsyncIterator[Tied]:
         self.require_epoch("", message.epoch)
-        async with aclosing(self._writers.serve(_caller())) as items:
+        async with aclosing(self._writers.serve(message, _caller())) as items:
             async for item in items:
                 yield item
 
@@ -211,7 +226,7 @@ class KvManager(PoolActor):
 
     async def _await_refill(self, message: Refill) -> list[int]:
         def attempt() -> list[int]:
-            got = self.blocks.refill(message.engine, message.num_blocks)
+            got = self.blocks.refill(message.engine, message.num_blocks, message.attachment)
             if not got:
                 raise OutOfBlocks(needed=1, free=0)
             return got

@@ -7,6 +7,7 @@ import msgspec
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import CloseWrite, Done, OpenWrite, WriteOpened
 from callboard.kv.block_manager import BlockManager, Loan
+from callboard.kv.lanes import Pace, SimulatedPace
 from callboard.kv.layout import KvLayout, StaleReservation
 from callboard.kv.page_store import PageStore
 
@@ -37,6 +38,11 @@ class PoolActor(Actor):
         self.config = config
         self.seal_waiters: dict[str, list[asyncio.Future[None]]] = {}
         """Who waits for a reservation to be sealed, or to end, by its id."""
+
+    @property
+    def pace(self) -> Pace:
+        """How pages are copied here."""
+        return SimulatedPace(self.node.rng) if self.node.clock.is_virtual else Pace()
 
     def end_loan(self, loan: Loan) -> None:
         """Give a loan back to the pool."""

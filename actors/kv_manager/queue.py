@@ -63,7 +63,7 @@ class BlockQueue:
                 shortage = error
         if self._recall(shortage.needed):
             wait_s = max(wait_s, RECALL_S)
-        if wait_s <= 0:
+        if not wait_s > 0:  # Also for what is no number: no timer takes that.
             raise shortage
         waiter = _Waiter(attempt, shortage)
         self._waiting[priority].append(waiter)

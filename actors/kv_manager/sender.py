@@ -160,12 +160,15 @@ class Sender:
 
     async def _compute(self, message: RemoteSend, transfer: Transfer, loan: Loan) -> KvComputed:
         """Have the engine compute what is not cached, and send each layer as it is done."""
-        request = ComputeKv(loan.loan_id, loan.tokens, pack_tokens(loan.block_table), loan.num_cached_tokens)
+        table = pack_tokens(loan.block_table)
+        request = ComputeKv(loan.loan_id, loan.tokens, table, loan.num_cached_tokens, loan.attachment)
         computed = None
         async with self._engine(loan).stream(request) as items:
             await transfer.send(0, loan.num_cached_tokens, range(message.kv.layout.num_layers))
             async for item in items:
                 if isinstance(item, LayersDone):
+                    if not 0 <= item.layer_begin <= item.layer_end <= message.kv.layout.num_layers:
+                        raise ActorDied(f"engine {loan.engine} reports layers that the pool does not have")
                     await transfer.send(item.token_begin, item.token_end, range(item.layer_begin, item.layer_end))
                 else:
                     computed = item
@@ -181,9 +184,8 @@ class Sender:
             try:
                 await self._engine(loan).ask(Abort(loan.loan_id), timeout=FOREVER)
                 break
-            except (Refusal, ActorDied):
-                break
-            except (LinkLost, AskTimeout):
+            except BusError:
+                # Also where the actor has crashed: its step runs to its end, and its process ends the tie after that.
                 await manager.node.clock.sleep(RETRY_S)
         manager.end_loan(loan)
 
@@ -199,7 +201,7 @@ class Sender:
             manager.open_write(opening, writer=SELF)
             is_complete = False
             try:
-                yield MappedLane("inproc", manager.store, is_owner=False)
+                yield MappedLane("inproc", manager.store, is_owner=False, pace=manager.pace)
                 is_complete = True
             finally:
                 manager.close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))

@@ -17,48 +17,26 @@ class InprocHub:
         """Return a new transport on this hub, for one node."""
         return InprocTransport(self)
 
-    def delay(self, sender: str, receiver: str) -> float:
-        """Return how long a batch takes, in seconds: nothing here (sim.py says otherwise)."""
-        return 0.0
-
 
 class InprocConnection:
-    """One end; ``other`` is the far one. Batches arrive in the order they were sent, whatever their delays."""
+    """One end; ``other`` is the far one, None once either has closed."""
 
-    def __init__(self, transport: "InprocTransport", far: str) -> None:
+    def __init__(self, transport: "InprocTransport") -> None:
         self.transport = transport
-        self.far = far
         self.other: InprocConnection | None = None
-        self._arrival = 0.0
 
-    def send(self, batch: bytes) -> bool:
+    def send(self, batch: bytes | bytearray) -> bool:
         if self.other is not None:
-            self._later(self.other._receive, batch)
+            asyncio.get_running_loop().call_soon(self.other._receive, batch)
         return True
 
     def close(self) -> None:
         other, self.other = self.other, None
         self.transport.forget(self)
         if other is not None:
-            self._later(other._closed, "closed by the other side")
+            asyncio.get_running_loop().call_soon(other._closed, "closed by the other side")
 
-    def cut(self) -> None:
-        """Break the pipe: what is under way in either direction is lost, and both ends hear of it."""
-        for end in (self, self.other):
-            if end is not None:
-                end._closed("cut")
-
-    def _later(self, call: Any, argument: Any) -> None:
-        loop = asyncio.get_running_loop()
-        delay = self.transport.hub.delay(self.transport.endpoint, self.far)
-        if delay <= 0:
-            loop.call_soon(call, argument)
-            return
-        # A nanosecond apart at least: timers of equal time run in any order.
-        self._arrival = max(self._arrival + 1e-9, loop.time() + delay)
-        loop.call_at(self._arrival, call, argument)
-
-    def _receive(self, batch: bytes) -> None:
+    def _receive(self, batch: bytes | bytearray) -> None:
         if self.other is not None:
             self.transport.listener.received(self, batch)
 
@@ -78,7 +56,7 @@ class InprocTransport:
         self.hub = hub
         self.endpoint = ""
         self.exchange = hub.exchange
-        self.connections: dict[InprocConnection, None] = {}
+        self.connections: dict[Connection, None] = {}
 
     async def start(self, endpoint: str, listener: Listener) -> str:
         if endpoint in self.hub.transports:
@@ -88,22 +66,19 @@ class InprocTransport:
             self.hub.transports[endpoint] = self
         return endpoint
 
-    def dial(self, endpoint: str) -> Connection:
-        near = InprocConnection(self, endpoint)
+    def dial(self, endpoint: str, node: str = "") -> Connection:
+        near = InprocConnection(self)
         peer = self.hub.transports.get(endpoint)
         if peer is None:
-            asyncio.get_running_loop().call_soon(self._refused, near, endpoint)
+            asyncio.get_running_loop().call_soon(self.listener.closed, near, f"nobody listens at {endpoint}")
             return near
-        far = InprocConnection(peer, self.endpoint)
+        far = InprocConnection(peer)
         near.other, far.other = far, near
         self.connections[near] = peer.connections[far] = None
         peer.listener.accepted(far)
         return near
 
-    def _refused(self, near: InprocConnection, endpoint: str) -> None:
-        self.listener.closed(near, f"nobody listens at {endpoint}")
-
-    def forget(self, connection: InprocConnection) -> None:
+    def forget(self, connection: Connection) -> None:
         """Drop a connection that was closed."""
         self.connections.pop(connection, None)
 

@@ -13,23 +13,32 @@ import socket as sockets
 from typing import Any
 
 import zmq
+from zmq.backend import Socket
 from zmq.utils.monitor import recv_monitor_message
 
 from callboard.bus.frames import MAX_BATCH_BYTES, MAX_FRAME_BYTES
 
 from .contract import Connection, Listener
+from .curve import check_dialling, check_listening
 
 DRAIN_PER_PASS = 256
 """Messages taken from one socket in one loop pass, before others get their turn."""
-HIGH_WATER_MARK = 1000
+HIGH_WATER_MARK = 128
+"""Batches on their way to or from one peer, in each of ZeroMQ's two queues: 8 MiB of full ones."""
+NOBLOCK, NOBLOCK_SNDMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+"""Plain numbers: an operation on Python's flags costs as much as one on the socket."""
 LINGER_MS = 500
+HANDSHAKE_S = 15.0
+"""How long a handshake may take. With keys the accepting node's loop has a part in it, and may be busy."""
+KEY_REFUSED = "the key was refused"
 
 _REASONS = {
     zmq.EVENT_DISCONNECTED: "disconnected",
     zmq.EVENT_CLOSED: "nobody listens",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the key was refused",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed (does it take the fleet's keys?)",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed (does it take the fleet's keys?)",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: KEY_REFUSED,
 }
 """Monitor events that end a dialled connection, in words."""
 
@@ -42,32 +51,50 @@ class _Reader:
         self.loop = asyncio.get_running_loop()
         self.is_open = True
         self._is_scheduled = False
+        self._must_look = False
+        self._is_draining = False
+        # The methods of the class below: zmq.Socket's own send is Python, and finding its attributes is slow.
+        self._get: Any = Socket.get.__get__(socket)
+        self._recv: Any = Socket.recv.__get__(socket)
+        self._send: Any = Socket.send.__get__(socket)
         self._fd = int(socket.getsockopt(zmq.FD))
-        self.loop.add_reader(self._fd, self.drain)
+        self.loop.add_reader(self._fd, self._ready)
         self.schedule()
 
     def schedule(self) -> None:
+        """Look whether there is something to take, once what is under way in this loop pass is done."""
+        self._must_look = True
         if not self._is_scheduled and self.is_open:
             self._is_scheduled = True
-            self.loop.call_soon(self._scheduled)
+            self.loop.call_soon(self._look)
 
-    def _scheduled(self) -> None:
+    def _look(self) -> None:
         self._is_scheduled = False
-        self.drain()
+        # A send in between has looked already.
+        if self._must_look and self.is_open and self._get(EVENTS) & POLLIN:
+            self._drain(DRAIN_PER_PASS)
 
-    def drain(self) -> None:
-        if not self.is_open:
-            return
+    def _ready(self) -> None:
+        # Hot: once per batch taken when little is going on (bench/bus.py). What the first message sets going, such as
+        # the next request, goes before the question whether there is a second.
+        if self.is_open:
+            self._drain(1)
+
+    def _drain(self, limit: int) -> None:
+        # To ask for events costs half of what a recv does that finds nothing.
+        self._is_draining = True
         try:
-            for _ in range(DRAIN_PER_PASS):
-                if self.is_closed():
-                    return
+            for left in range(limit, 0, -1):
                 self.take()
+                if self.is_closed() or (left > 1 and not self._get(EVENTS) & POLLIN):
+                    return
         except zmq.Again:
             return
-        except Exception:
+        except BaseException:
             self.schedule()  # The descriptor tells of what is left only once.
             raise
+        finally:
+            self._is_draining = False
         self.schedule()
 
     def is_closed(self) -> bool:
@@ -80,13 +107,14 @@ class _Reader:
 
     def events(self) -> int:
         """Return what the socket is ready for; asking also lets ZeroMQ process its own commands."""
-        return int(self.socket.getsockopt(zmq.EVENTS))
+        events: int = self._get(EVENTS)
+        return events
 
     def after_send(self) -> int:
         """Return the events after a send, done or refused; it may have swallowed the edge that announces input."""
-        # Hot: once per batch sent (bench/bus.py).
-        events = self.events()
-        if events & zmq.POLLIN:
+        events: int = self._get(EVENTS)
+        self._must_look = False
+        if events & POLLIN:
             self.schedule()
         return events
 
@@ -107,7 +135,8 @@ class _Monitor(_Reader):
 
     def take(self) -> None:
         event = recv_monitor_message(self.socket, zmq.NOBLOCK)
-        self._dialled.lost(f"{_REASONS.get(zmq.Event(event['event']), 'lost')} at {event['endpoint'].decode()}")
+        reason = self._dialled.reasons.get(zmq.Event(event["event"]), "lost")
+        self._dialled.lost(f"{reason} at {event['endpoint'].decode()}")
 
     def close(self, linger: int = 0) -> None:
         if self.is_open:
@@ -118,9 +147,11 @@ class _Monitor(_Reader):
 class _Dialled(_Reader):
     """A connection this node opened: a DEALER of its own."""
 
-    def __init__(self, transport: "ZmqTransport") -> None:
+    reasons = _REASONS
+
+    def __init__(self, transport: "ZmqTransport", socket: "zmq.Socket[bytes]") -> None:
         self.transport = transport
-        socket = transport.socket(zmq.DEALER)
+        self._received = transport.listener.received
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
         # Queue until connected: Hello is sent at once, and nothing else before Welcome.
         socket.setsockopt(zmq.IMMEDIATE, 0)
@@ -132,19 +163,20 @@ class _Dialled(_Reader):
             raise
 
     def take(self) -> None:
-        self.transport.listener.received(self, self.socket.recv(zmq.NOBLOCK))
+        self._received(self, self._recv(NOBLOCK))
 
-    def send(self, batch: bytes) -> bool:
+    def send(self, batch: bytes | bytearray) -> bool:
         if not self.is_open:
             return True
         for _ in range(2):
             try:
-                self.socket.send(batch, zmq.NOBLOCK)
-                self.after_send()
+                self._send(batch, NOBLOCK)
+                if not self._is_draining:
+                    self.after_send()
                 return True
             except zmq.Again:
                 # Spurious at times: looking at the events lets ZeroMQ process its own commands.
-                if not self.after_send() & zmq.POLLOUT:
+                if not self.after_send() & POLLOUT:
                     return False
         return False
 
@@ -177,7 +209,7 @@ class _Accepted:
         self._router = router
         self._routing_id = routing_id
 
-    def send(self, batch: bytes) -> bool:
+    def send(self, batch: bytes | bytearray) -> bool:
         return self._router.send_to(self._routing_id, self, batch)
 
     def close(self) -> None:
@@ -189,25 +221,32 @@ class _Router(_Reader):
 
     def __init__(self, transport: "ZmqTransport", socket: "zmq.Socket[bytes]") -> None:
         self.transport = transport
+        self._received = transport.listener.received
         self.peers: dict[bytes, _Accepted] = {}
         super().__init__(socket)
 
     def take(self) -> None:
-        routing_id, *payload = self.socket.recv_multipart(zmq.NOBLOCK)
-        batch = payload[0] if len(payload) == 1 else b""  # One payload frame is the protocol; empty is refused.
+        routing_id = self._recv(NOBLOCK)
+        frame = self._recv(NOBLOCK, False)
+        batch = frame.bytes
+        while frame.more:  # One payload frame is the protocol; empty is refused.
+            batch = b""
+            frame = self._recv(NOBLOCK, False)
         peer = self.peers.get(routing_id)
         if peer is None:
             peer = self.peers[routing_id] = _Accepted(self, routing_id)
             self.transport.listener.accepted(peer)
-        self.transport.listener.received(peer, batch)
+        self._received(peer, batch)
 
-    def send_to(self, routing_id: bytes, peer: _Accepted, batch: bytes) -> bool:
+    def send_to(self, routing_id: bytes, peer: _Accepted, batch: bytes | bytearray) -> bool:
         if not self.is_open or routing_id not in self.peers:
             return True
         for _ in range(2):
             try:
-                self.socket.send_multipart((routing_id, batch), zmq.NOBLOCK)
-                self.after_send()
+                self._send(routing_id, NOBLOCK_SNDMORE)
+                self._send(batch, NOBLOCK)
+                if not self._is_draining:
+                    self.after_send()
                 return True
             except zmq.Again:
                 self.after_send()
@@ -221,45 +260,71 @@ class _Router(_Reader):
 
 
 class ZmqTransport:
-    """Endpoints such as ``ipc:///path`` and ``tcp://127.0.0.1:7000`` (port 0 or ``*``: any free one)."""
+    """Endpoints such as ``ipc:///path`` and ``tcp://127.0.0.1:7000`` (port 0 or ``*``: any free one).
+
+    Beyond ipc and loopback it takes keys (keyed.py).
+    """
 
     listener: Listener
+    has_keys = False
+    max_message_bytes = MAX_FRAME_BYTES + MAX_BATCH_BYTES
 
-    def __init__(self) -> None:
+    def __init__(self, *, handshake_s: float = HANDSHAKE_S) -> None:
         self.exchange: dict[str, Any] | None = None
+        self._handshake_ms = int(handshake_s * 1000)
         self._context = zmq.Context()
         self._router: _Router | None = None
         self._dialled: dict[_Dialled, None] = {}
 
-    def socket(self, kind: int) -> "zmq.Socket[bytes]":
+    def socket(self, kind: int, endpoint: str = "") -> "zmq.Socket[bytes]":
         """Return a socket with the bounds that all sockets here have."""
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + MAX_BATCH_BYTES)
+        # Bounds each part of a message. What bounds their number is who may connect (ARCHITECTURE.md, Security):
+        # ZeroMQ keeps all parts of an unfinished message, past every high-water mark, until its sender is gone.
+        socket.setsockopt(zmq.MAXMSGSIZE, self.max_message_bytes)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, self._handshake_ms)
+        socket.setsockopt(zmq.IPV6, "[" in endpoint)
         return socket
+
+    def router(self, socket: "zmq.Socket[bytes]") -> _Router:
+        """Prepare a socket that is about to be bound."""
+        return _Router(self, socket)
+
+    def dialled(self, socket: "zmq.Socket[bytes]", node: str) -> _Dialled:
+        """Prepare a socket that is about to be connected to the node of that name."""
+        return _Dialled(self, socket)
 
     async def start(self, endpoint: str, listener: Listener) -> str:
         self.listener = listener
         if not endpoint:
             return ""
-        socket = self.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
+            check_listening(endpoint, has_keys=self.has_keys)
+        except OSError as error:
+            self._context.term()
+            raise OSError(f"cannot listen at {endpoint}: {error}") from None
+        try:
+            socket = self.socket(zmq.ROUTER, endpoint)
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._router = self.router(socket)
             if endpoint.startswith("ipc://") and _is_listening(endpoint.removeprefix("ipc://")):
                 raise zmq.ZMQError(zmq.EADDRINUSE)
             socket.bind(endpoint)
         except zmq.ZMQError as error:
-            socket.close(0)
+            self._close()
             self._context.term()
             raise OSError(error.errno, f"cannot listen at {endpoint}: {error.strerror}") from None
-        self._router = _Router(self, socket)
         return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
-    def dial(self, endpoint: str) -> Connection:
+    def dial(self, endpoint: str, node: str = "") -> Connection:
         try:
-            dialled = _Dialled(self)
+            check_dialling(endpoint, has_keys=self.has_keys)
+            dialled = self.dialled(self.socket(zmq.DEALER, endpoint), node)
+        except OSError as error:
+            raise OSError(f"cannot dial {endpoint}: {error}") from None
         except zmq.ZMQError as error:
             raise OSError(error.errno, f"cannot dial {endpoint}: {error.strerror}") from None
         self._dialled[dialled] = None
@@ -273,13 +338,17 @@ class ZmqTransport:
         """Drop a dialled connection that was closed."""
         self._dialled.pop(dialled, None)
 
-    async def stop(self) -> None:
+    def _close(self) -> None:
         for dialled in list(self._dialled):
             dialled.close()
         if self._router is not None:
             self._router.close()
+
+    async def stop(self) -> None:
+        self._close()
         # Returns once what was sent has left, or LINGER_MS has passed: off the loop, which may have work to do.
-        await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+        # Shielded: a stop that is cancelled before a thread was free would leave the context open.
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._context.term))
 
 
 def _is_listening(path: str) -> bool:

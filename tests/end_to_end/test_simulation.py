@@ -41,3 +41,24 @@ def test_the_same_seed_gives_the_same_log_and_the_right_tokens(script: str) -> N
     expected = [simulated_tokens([7 + i, *range(40 + 5 * i)], 9) for i in range(5)]
     assert first[1] == expected
     assert run_virtual(lambda: story(12, script))[0] != first[0]
+
+
+def test_pages_of_finished_layers_arrive_while_the_others_are_computed() -> None:
+    costs = Simulation(seconds_per_prefill_token=0.01)
+    arrived: dict[int, float] = {}
+
+    async def main() -> None:
+        clock = VirtualClock()
+        async with running_fleet(layout=SIMULATED, hub=SimHub(1), clock=clock, seed=1, simulated=costs) as fleet:
+            store = fleet.actors["kv-d"].store
+            fresh = bytes(store.page(0, 0, 0))
+            answer = asyncio.ensure_future(fleet.generate(list(range(100)), SamplingParams(max_tokens=1)))
+            began = clock.now()
+            while not answer.done():
+                for layer in range(SIMULATED.num_layers):
+                    if layer not in arrived and store.page(layer, 1, 0) != fresh:
+                        arrived[layer] = clock.now() - began
+                await clock.sleep(0.005)
+
+    run_virtual(main)
+    assert [arrived[layer] for layer in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.1)

@@ -189,6 +189,25 @@ def test_blocks_of_an_engine_that_is_out_of_reach_wait_for_its_return():
     assert manager.counts().free == 8
 
 
+def test_what_is_said_under_an_earlier_attachment_does_nothing_in_the_next():
+    manager = make()
+    before = manager.account("e").attachment
+    now = manager.attach("e", "e-1").attachment
+    (block,) = manager.refill("e", 1, now)
+    manager.give("e", [block], before)  # Of that slab, and on its way for long: the block is in use again.
+    assert manager.counts().leased == 1
+    for stale in (
+        lambda: manager.refill("e", 1, before),
+        lambda: manager.admit("e", "s", pack_tokens([1]), before),
+        lambda: manager.adopt("e", "s", pack_tokens([1]), "no matter", before),
+    ):
+        with pytest.raises(UnknownActor):
+            stale()
+    assert manager.counts().leased == 1
+    manager.give("e", [block], now)
+    assert manager.counts().free == 8
+
+
 def test_an_old_tie_that_breaks_late_takes_nothing_from_the_new_one():
     manager = make()
     old = manager.account("e")

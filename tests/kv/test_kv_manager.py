@@ -117,6 +117,19 @@ async def test_a_prep_recv_repeated_gets_the_same_reservation(fleet):
 
 
 @in_virtual_time()
+async def test_a_prep_recv_repeated_does_not_queue_behind_those_who_wait_for_its_blocks(fleet):
+    held = await fleet.at("d").ask(prep(range(40), request_id="a"))
+    waiting = asyncio.ensure_future(fleet.at("d").ask(prep(range(100, 140), request_id="b", wait_s=100.0)))
+    await fleet.clock.sleep(1.0)
+    assert not waiting.done()
+    began = fleet.clock.now()
+    assert await fleet.at("d").ask(prep(range(40), request_id="a")) == held
+    assert fleet.clock.now() - began < 1.0
+    await fleet.at("d").ask(Release(held.kv))
+    assert (await waiting).num_cached_tokens == 0
+
+
+@in_virtual_time()
 async def test_leases_end_by_themselves(fleet):
     reserved = await fleet.at("d").ask(prep(PROMPT))
     await fleet.clock.sleep(9.9)

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from callboard.kv.layout import KvLayout
+from callboard.tools.endpoints import Endpoints
 from callboard.tools.errors import FleetFileError, StartFailed
 from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import decode_fleet_file
@@ -32,11 +33,14 @@ device = "cpu:1"
 """
 
 
-def make(text: str, place: Any, run_dir: Path = Path("/run/x"), cores: tuple[int, ...] = (2, 5)) -> Plan:
+def make(
+    text: str, place: Any, run_dir: Path = Path("/run/x"), cores: tuple[int, ...] = (2, 5), **options: Any
+) -> Plan:
     file = decode_fleet_file(text, source="fleet.toml", base=place.folder)
     check_fleet(file)
     models = {name: place.folder / model.path for name, model in file.fleet.models.items()}
-    return Planner(file, run_dir=run_dir, models=models, machine=Machine(cores, 4 * GIB), port=8123).plan()
+    machine = Machine(cores, 4 * GIB)
+    return Planner(file, run_dir=run_dir, models=models, machine=machine, port=8123, **options).plan()
 
 
 def test_a_fleet_is_a_control_node_a_manager_per_device_and_a_node_per_engine(place: Any) -> None:
@@ -148,9 +152,46 @@ def test_a_share_of_the_memory_is_a_size(place: Any) -> None:
     assert abs(plan.memory.pools - 2 * 2 * GIB) < 1 << 20
 
 
+def test_everybody_is_told_how_long_silence_and_stalls_may_last(place: Any) -> None:
+    place.model()
+    plan = make(TWO + '[listen]\nsilent = "2s"\nstall = "7s"\n', place)
+    assert {node.silent_s for node in plan.nodes} == {2.0}
+    actors = {actor.name: actor for node in plan.nodes for actor in node.actors}
+    assert {actors[name].config["stall_s"] for name in ("prefill", "decode", "frontend")} == {7.0}
+
+
 def test_user_actors_alone_make_a_fleet_without_http(place: Any) -> None:
     plan = make('[[actor]]\nname = "ping"\nclass = "my_actors:Ping"\n', place)
     assert [node.name for node in plan.nodes] == ["control", "ping"]
     assert plan.url is None
     assert plan.nodes[1].python_path == str(place.folder)
     assert not plan.nodes[1].dies_with_launcher
+
+
+def test_on_tcp_everybody_is_told_the_same_endpoints_and_handed_the_keys(place: Any) -> None:
+    place.model()
+    bus = "tcp://127.0.0.1:0"
+    text = TWO.replace("[models.tiny]", f'[listen]\nbus = "{bus}"\n[models.tiny]')
+    with Endpoints(bus, Path("/run/x")) as endpoints:
+        plan = make(text, place, endpoints=endpoints, keys=bytes(32))
+        nodes = {node.name: node for node in plan.nodes}
+        assert all(node.endpoint == endpoints.of(name) for name, node in nodes.items())
+    assert len({node.endpoint for node in plan.nodes}) == 5
+    assert {node.keys for node in plan.nodes} == {bytes(32)}
+    assert plan.directory.endpoint == nodes["control"].endpoint
+    assert {node.directory for node in plan.nodes} == {plan.directory}
+    assert nodes["decode"].actors[0].config["manager"][1] == nodes["kv-cpu1"].endpoint
+    assert nodes["control"].actors[-1].config["router"][1] == nodes["control"].endpoint
+    assert plan.warnings == ()
+
+
+def test_a_file_of_api_keys_that_others_can_read_is_warned_of(place: Any) -> None:
+    place.model()
+    path = place.write("sk-one\n", "api-keys.txt")
+    text = TWO.replace("[models.tiny]", '[listen]\napi_keys = "api-keys.txt"\n[models.tiny]')
+    path.chmod(0o644)
+    assert make(text, place).warnings == (
+        f"the API keys are no secret, because {path} is open to other users (mode 0644): run chmod 600 {path}",
+    )
+    path.chmod(0o600)
+    assert make(text, place).warnings == ()

@@ -1,0 +1,133 @@
+"""Bugs of the kinds that hurt users of serving systems, put into the production code for as long as they are entered.
+
+Each is a small change of one decision, such as somebody might make, at the deepest defence against its consequence:
+where two lines of defence overlap, it takes out both, and says so.
+"""
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from typing import Any
+from unittest.mock import patch
+from weakref import WeakKeyDictionary
+
+from callboard.actors.engine.engine import Engine
+from callboard.actors.engine.generation import Generation
+from callboard.actors.kv_manager.manager import KvManager
+from callboard.actors.kv_manager.pool_actor import PoolActor
+from callboard.actors.protocol import Done, Generate, Release, Token
+from callboard.kv.reservation import Reservation, State
+from callboard.kv.reservation_table import Held, Key, ReservationTable
+from callboard.kv.tokens import TOKEN_BYTES
+from callboard.router.actor import RouterActor
+from callboard.router.attempt import GONE
+from callboard.router.deadline import Deadline
+
+Planted = Callable[[], AbstractContextManager[object]]
+
+
+@contextmanager
+def a_block_returned_in_flight() -> Iterator[None]:
+    """A reservation that is given up while it is written returns its blocks at once: there is no quarantine."""
+
+    def leave(self: Reservation, state: State) -> None:
+        if self.is_open:
+            self._left_as = self.state = state
+
+    with patch.object(Reservation, "_leave", leave):
+        yield
+
+
+@contextmanager
+def kv_readable_before_it_arrived() -> Iterator[None]:
+    """The prefix cache shows what a reservation is going to hold as soon as it is made."""
+    reserve = ReservationTable.reserve
+
+    def reserve_and_publish(self: ReservationTable, *args: Any, **options: Any) -> Held:
+        held = reserve(self, *args, **options)
+        if held.reservation.state is State.RESERVED:
+            self._allocator.cache.insert(held.prompt[: held.reservation.end * TOKEN_BYTES], held.block_table)
+        return held
+
+    with patch.object(ReservationTable, "reserve", reserve_and_publish):
+        yield
+
+
+@contextmanager
+def a_lost_abort() -> Iterator[None]:
+    """An engine does not hear that the reader of a sequence has left: it goes on, or waits to be read, for ever."""
+
+    def leave(self: Engine, generation: Generation) -> None:
+        if generation.has_place:
+            generation.has_place = False
+            self._places.release()
+        self._generations.pop(generation.sequence.sequence_id, None)
+
+    with patch.object(Engine, "_leave", leave):
+        yield
+
+
+@contextmanager
+def a_stale_epoch_accepted() -> Iterator[None]:
+    """A KV manager takes what was meant for the one before its restart.
+
+    Reservations have random ids besides, so that a stale one is unknown whatever its epoch says: here they are named
+    after what was asked for, and counted, so that only the epoch tells those of two starts apart.
+    """
+    reserve = ReservationTable.reserve
+    counts: WeakKeyDictionary[ReservationTable, Counter[Key]] = WeakKeyDictionary()
+
+    def reserve_named(self: ReservationTable, key: Key, *args: Any, **options: Any) -> Held:
+        def name() -> str:
+            made = counts.setdefault(self, Counter())
+            made[key] += 1
+            return f"{key} {made[key]}"
+
+        self._new_id = name
+        return reserve(self, key, *args, **options)
+
+    def accept(self: PoolActor, reservation_id: str, epoch: str) -> None:
+        pass
+
+    def on_release(self: KvManager, message: Release) -> Done:
+        self.blocks.reservations.release(message.kv.reservation_id)
+        self.changed()
+        return Done()
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(ReservationTable, "reserve", reserve_named))
+        stack.enter_context(patch.object(PoolActor, "require_epoch", accept))
+        stack.enter_context(patch.object(KvManager, "on_release", on_release))
+        yield
+
+
+@contextmanager
+def a_retry_that_repeats_tokens() -> Iterator[None]:
+    """The router starts a request over after an engine's death, although the client has some of its tokens."""
+    attempts = RouterActor._attempts
+
+    async def start_over(self: RouterActor, message: Generate, deadline: Deadline) -> AsyncGenerator[Token, None]:
+        for is_last in (False, True):
+            try:
+                async with aclosing(attempts(self, message, deadline)) as tokens:
+                    async for token in tokens:
+                        yield token
+                return
+            except GONE:
+                if is_last:
+                    raise
+
+    with patch.object(RouterActor, "_attempts", start_over):
+        yield
+
+
+PLANTED: dict[str, Planted] = {
+    plant.__name__: plant
+    for plant in (
+        a_block_returned_in_flight,
+        kv_readable_before_it_arrived,
+        a_lost_abort,
+        a_stale_epoch_accepted,
+        a_retry_that_repeats_tokens,
+    )
+}
