@@ -83,3 +83,11 @@ def refusal_from_wire(name: str, fields: dict[str, Any], text: str) -> Refusal:
                 break
         pending.extend(candidate.__subclasses__())
     return RemoteError(name=name, text=text)
+
+
+def words_of(error: BaseException) -> str:
+    """Return an error's type and text, for people; an exception of somebody's own may not even tell its text."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

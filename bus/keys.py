@@ -120,5 +120,8 @@ def read_secret(folder: Path) -> bytes:
     lines = [line for line in data.decode(errors="replace").splitlines() if line and not line.startswith("#")]
     match = _LINE.fullmatch(lines[0]) if len(lines) == 1 else None
     if match is None:
-        raise KeysError(f'{path} is damaged, or no key file: copy it anew, or make one with "callboard keys new"')
+        raise KeysError(
+            f"{path} is damaged, or no key file: copy it anew, "
+            f'or make one with "callboard keys new {path.parent} --force"'
+        )
     return bytes.fromhex(match[1])

@@ -80,6 +80,8 @@ class Links:
         """All that are not broken."""
         self._by_key: dict[str, Link] = {}
         self._by_connection: dict[Connection, Link] = {}
+        self._met: dict[str, None] = {}
+        """Endpoints of peers that have greeted: they are up, and to greet again takes them no longer than a pong."""
         self._gone: dict[str, None] = {}
         """Incarnations whose accepted links broke here: what they sent before they heard of it may still come."""
         self._host = ""
@@ -259,6 +261,10 @@ class Links:
         link.peer_node, link.peer_incarnation = frame.node, frame.incarnation
         link.is_open = True
         self._by_key.setdefault(key, link)
+        if link.endpoint:
+            self._met[link.endpoint] = None
+            if len(self._met) > MOST_GONE:
+                del self._met[next(iter(self._met))]
         if frame.host and frame.host == self._host and frame.pid != self._pid[0]:
             link.watch = self._watch(frame.pid, frame.pid_start, lambda: self._died(link))
         link.schedule_flush()
@@ -354,7 +360,8 @@ class Links:
             for link in list(self._by_connection.values()):
                 link.last_heard = min(now, link.last_heard + late)
                 silent = now - link.last_heard
-                if silent > (self._config.silent_s if link.is_open else self._config.hello_s):
+                is_met = link.is_open or link.endpoint in self._met
+                if silent > (self._config.silent_s if is_met else self._config.hello_s):
                     error = LinkLost(f"{link.name} has not been heard of for {silent:.1f} s")
                     self._break(link, error, "link_lost")
                 elif link.is_open and silent >= self._config.ping_s * 0.5:

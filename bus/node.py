@@ -18,7 +18,7 @@ from .address import Address
 from .calls import FOREVER, Asked, Call, OpenStream, PendingAsk, Pipe, current_call, enter_call, leave_call
 from .clock import Clock
 from .deadlines import Deadlines
-from .errors import LinkLost
+from .errors import LinkLost, words_of
 from .frames import ASK, STREAM, TELL, Post
 from .link import Link, LocalLink
 from .links import LinkConfig, Links
@@ -146,7 +146,7 @@ class Node(Place):
     def crash(self, name: str, error: BaseException) -> None:
         """Stop an actor because of a bug in it; ``on_crash`` hears of it (a process then exits)."""
         log.error("actor %s crashed", name, exc_info=error)
-        self._server.remove(name, f"{name}@{self.name} crashed: {type(error).__name__}: {error}")
+        self._server.remove(name, f"{name}@{self.name} crashed: {words_of(error)}")
         after_crash = self._after_crash.pop(name, None)
         if after_crash is not None:
             token = enter_call(None)  # Not of the call that crashed: its deadline is not that of the clean-up.

@@ -9,7 +9,7 @@ import msgspec
 
 from .calls import Asked, Served, enter_call, error_of, leave_call
 from .complaints import Complaints
-from .errors import ActorDied, AskTimeout, BusError, LinkLost, NotUnderstood, Refusal, UnknownActor
+from .errors import ActorDied, AskTimeout, BusError, LinkLost, NotUnderstood, Refusal, UnknownActor, words_of
 from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Items, Post
 from .link import Link
 from .mailbox import Handler, Mailbox
@@ -256,7 +256,7 @@ class Server:
         elif isinstance(error, (ActorDied, BusError)):
             fail = Fail(served.id, "actor_died", f"{where}: {error}")
         else:
-            fail = Fail(served.id, "actor_died", f"{where} crashed: {type(error).__name__}: {error}")
+            fail = Fail(served.id, "actor_died", f"{where} crashed: {words_of(error)}")
             if answer:
                 served.link.post_fail(fail)
             self._crash(served.actor, error)

@@ -111,7 +111,8 @@ async def test_a_plain_handler_that_ends_its_call_answers_no_more(node: Node) ->
     raw = RawDialler(node.endpoint)
     await raw.hello()
     await raw.send(post(1, EndMyself()), post(2, Echo("x")))
-    assert [type(await raw.next()) for _ in range(2)] == [Fail, Answer]
+    heard = [await raw.next() for _ in range(2)]
+    assert [(type(frame), frame.id) for frame in heard] == [(Fail, 1), (Answer, 2)]
     raw.close()
 
 
@@ -283,6 +284,23 @@ async def test_what_an_actor_does_after_its_crash_has_no_part_in_the_call_it_cra
         await ref._node.ref(node.address_of("breaks")).ask(Echo("x"), timeout=5)  # type: ignore[attr-defined]
     async with asyncio.timeout(5):
         assert await breaks.done == Text("cleaned")
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even its text")
+
+
+class BreaksBadly:
+    async def on_echo(self, message: Echo) -> Text:
+        raise Unprintable
+
+
+async def test_an_error_without_a_text_crashes_its_actor_like_any_other(node: Node, ref: Ref) -> None:
+    node.add("badly", BreaksBadly())
+    badly = ref._node.ref(node.address_of("badly"))  # type: ignore[attr-defined]
+    with pytest.raises(ActorDied, match="crashed: Unprintable"):
+        await badly.ask(Echo("x"), timeout=5)
 
 
 class Relay(Ask[Text], frozen=True):

@@ -115,6 +115,28 @@ async def test_a_peer_that_is_stopped_or_hangs_is_cut_off_within_the_time_config
                 assert 0.4 < await hanging - begin < 3.0
 
 
+async def test_a_peer_that_was_cut_off_as_silent_is_waited_for_no_longer_when_it_is_dialled_again(
+    tmp_path: Path,
+) -> None:
+    start = Start(f"ipc://{tmp_path}/peer.sock")
+    links = LinkConfig(ping_s=0.1, silent_s=0.6, hello_s=60)
+    async with Node("test", links=links) as node, running(start) as process:
+        ref = node.ref(Address("peer", start.endpoint, "peer"))
+        await ref.ask(GetCounts())
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(3):  # The kernel goes on to accept connections for it.
+            with pytest.raises(LinkLost, match="not been heard of"):
+                await ref.ask(GetCounts(), timeout=20)
+        process.send_signal(signal.SIGCONT)
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await ref.ask(GetCounts(), timeout=20)
+                    break
+                except LinkLost:
+                    await asyncio.sleep(0.05)
+
+
 async def test_a_node_that_hung_itself_does_not_take_the_others_for_dead(tmp_path: Path) -> None:
     async with Node("test", endpoint=f"ipc://{tmp_path}/test.sock", links=LinkConfig(silent_s=60)) as node:
         own = node.add("keeper", Keeper()).address
