@@ -17,7 +17,7 @@ from .transports.contract import Connection
 
 MAX_CUT_TEXT = 1000
 """Characters kept of the sentence of a Fail that did not encode."""
-EARLY_BYTES = 32 * 1024
+EARLY_BYTES = 24 * 1024
 """So much does not wait for the end of the loop pass."""
 RETRY_S = 0.002
 """A transport without room is asked again after this long."""
