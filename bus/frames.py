@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_BATCH_BYTES = 64 * 1024
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A prompt of 128 Ki tokens is 512 KiB: nothing that belongs on the bus comes near this."""

@@ -39,8 +39,8 @@ BYE_S = 0.5
 """How long a node that stops waits for its peers to have heard all it said."""
 MOST_WORDS = 500
 """Characters of a name in a greeting, and of what is said and logged about a peer that is turned away."""
-MOST_GONE = 256
-"""So many peers are remembered whose links broke."""
+MOST_REMEMBERED = 256
+"""So many peers that have greeted, and so many whose links broke, are remembered."""
 VERDICT_S = 0.2
 """A dying process's sockets close a moment before its pidfd tells: so long a broken link waits for its peer's fate."""
 
@@ -262,9 +262,7 @@ class Links:
         link.is_open = True
         self._by_key.setdefault(key, link)
         if link.endpoint:
-            self._met[link.endpoint] = None
-            if len(self._met) > MOST_GONE:
-                del self._met[next(iter(self._met))]
+            _remember(self._met, link.endpoint)
         if frame.host and frame.host == self._host and frame.pid != self._pid[0]:
             link.watch = self._watch(frame.pid, frame.pid_start, lambda: self._died(link))
         link.schedule_flush()
@@ -329,9 +327,7 @@ class Links:
         link.close()
         self._links.pop(link, None)
         if link.peer_incarnation and not link.endpoint:
-            self._gone[link.peer_incarnation] = None
-            if len(self._gone) > MOST_GONE:
-                del self._gone[next(iter(self._gone))]
+            _remember(self._gone, link.peer_incarnation)
         if self._all_left is not None and not self._all_left.done() and not any(each.is_open for each in self._links):
             self._all_left.set_result(None)
         self._unlist(link)
@@ -366,6 +362,12 @@ class Links:
                     self._break(link, error, "link_lost")
                 elif link.is_open and silent >= self._config.ping_s * 0.5:
                     link.post(Ping())
+
+
+def _remember(table: dict[str, None], name: str) -> None:
+    table[name] = None
+    if len(table) > MOST_REMEMBERED:
+        del table[next(iter(table))]
 
 
 def _key(endpoint: str, node: str) -> str:

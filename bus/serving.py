@@ -88,22 +88,15 @@ class Server:
             if link.is_broken:
                 return
             kind = type(frame)
-            if kind is Items:
+            if kind is Items or kind is Answer:
                 asked = asked_of.get(frame.id)  # type: ignore[attr-defined]
                 if asked is not None:
                     try:
-                        asked.items(frame.body)  # type: ignore[attr-defined]
+                        (asked.items if kind is Items else asked.answer)(frame.body)  # type: ignore[attr-defined]
                     except _UNDECODABLE as error:
                         self._misunderstood(link, asked, error)
             elif kind is Post:
                 self._on_post(link, frame)  # type: ignore[arg-type]
-            elif kind is Answer:
-                asked = asked_of.get(frame.id)  # type: ignore[attr-defined]
-                if asked is not None:
-                    try:
-                        asked.answer(frame.body)  # type: ignore[attr-defined]
-                    except _UNDECODABLE as error:
-                        self._misunderstood(link, asked, error)
             elif kind is Credit:
                 served = served_of.get(frame.id)  # type: ignore[attr-defined]
                 if served is not None:

@@ -232,7 +232,7 @@ class KvManager(PoolActor):
             return got
 
         def undo(got: list[int]) -> None:
-            self.blocks.give(message.engine, got)
+            self.blocks.give(message.engine, got, message.attachment)
 
         try:
             return await self.queue.take(Priority.REFILL, 1, attempt, undo, message.wait_s)

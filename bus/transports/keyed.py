@@ -15,16 +15,16 @@ from callboard.bus.keys import FleetKeys
 
 from .curve import CENSUS_EVENTS, ZAP_ENDPOINT, Census, answer_zap, secure_dealer, secure_router
 from .zmq import (
-    _REASONS,
     HANDSHAKE_S,
     KEY_REFUSED,
     LINGER_MS,
     NOBLOCK,
+    REASONS,
+    Accepted,
+    BoundRouter,
+    Dialled,
+    Reader,
     ZmqTransport,
-    _Accepted,
-    _Dialled,
-    _Reader,
-    _Router,
 )
 
 log = logging.getLogger("callboard.bus")
@@ -41,7 +41,7 @@ _EVENT = struct.Struct("=Hi")
 """The first frame of a monitor's message: the event, and a value that depends on it."""
 
 
-class _Zap(_Reader):
+class _Zap(Reader):
     """Answers for each connection, in its handshake, whether it is let in."""
 
     def __init__(self, socket: "zmq.Socket[bytes]", keys: FleetKeys) -> None:
@@ -54,7 +54,7 @@ class _Zap(_Reader):
         self.socket.send_multipart(answer_zap(request, self._keys), NOBLOCK)
 
 
-class _Gate(_Reader):
+class _Gate(Reader):
     """The monitor of the bound socket: counts who was not let in."""
 
     def __init__(self, router: "zmq.Socket[bytes]", name: str) -> None:
@@ -84,7 +84,7 @@ class _Gate(_Reader):
         super().close(0)
 
 
-class _KeyedRouter(_Router):
+class _KeyedRouter(BoundRouter):
     """The bound socket of a node with keys."""
 
     def __init__(self, transport: "KeyedTransport", socket: "zmq.Socket[bytes]", name: str) -> None:
@@ -104,7 +104,7 @@ class _KeyedRouter(_Router):
         routing_id, *parts = self.socket.recv_multipart(NOBLOCK)
         peer = self.peers.get(routing_id)
         if peer is None:
-            peer = self.peers[routing_id] = _Accepted(self, routing_id)
+            peer = self.peers[routing_id] = Accepted(self, routing_id)
             self.transport.listener.accepted(peer)
         self.transport.listener.received(peer, _whole(parts))
 
@@ -115,11 +115,11 @@ class _KeyedRouter(_Router):
         super().close(linger)
 
 
-class _KeyedDialled(_Dialled):
+class _KeyedDialled(Dialled):
     """A connection that a node with keys opened."""
 
     # Who is dialled hangs up without a word on a key that is not its own.
-    reasons = _REASONS | dict.fromkeys(
+    reasons = REASONS | dict.fromkeys(
         (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
         f"{KEY_REFUSED} (other keys are used there, or none)",
     )
@@ -150,12 +150,12 @@ class KeyedTransport(ZmqTransport):
         """Connections turned away because they did not show the fleet's keys."""
         return 0 if self._gate is None else self._gate.census.num_strangers
 
-    def router(self, socket: "zmq.Socket[bytes]") -> _Router:
+    def router(self, socket: "zmq.Socket[bytes]") -> BoundRouter:
         made = _KeyedRouter(self, socket, self._name)
         self._gate = made.gate
         return made
 
-    def dialled(self, socket: "zmq.Socket[bytes]", node: str) -> _Dialled:
+    def dialled(self, socket: "zmq.Socket[bytes]", node: str) -> Dialled:
         return _KeyedDialled(self, socket, node)
 
 

@@ -33,7 +33,7 @@ HANDSHAKE_S = 15.0
 """How long a handshake may take. With keys the accepting node's loop has a part in it, and may be busy."""
 KEY_REFUSED = "the key was refused"
 
-_REASONS = {
+REASONS = {
     zmq.EVENT_DISCONNECTED: "disconnected",
     zmq.EVENT_CLOSED: "nobody listens",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed (does it take the fleet's keys?)",
@@ -43,7 +43,7 @@ _REASONS = {
 """Monitor events that end a dialled connection, in words."""
 
 
-class _Reader:
+class Reader:
     """Drains one ZeroMQ socket on its descriptor."""
 
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
@@ -125,13 +125,13 @@ class _Reader:
             self.socket.close(linger)
 
 
-class _Monitor(_Reader):
+class _Monitor(Reader):
     """The events of a dialled socket: its end is heard here at once."""
 
-    def __init__(self, dialled: "_Dialled") -> None:
+    def __init__(self, dialled: "Dialled") -> None:
         self._dialled = dialled
         self._parent = dialled.socket
-        super().__init__(self._parent.get_monitor_socket(functools.reduce(operator.or_, _REASONS)))
+        super().__init__(self._parent.get_monitor_socket(functools.reduce(operator.or_, REASONS)))
 
     def take(self) -> None:
         event = recv_monitor_message(self.socket, zmq.NOBLOCK)
@@ -144,10 +144,10 @@ class _Monitor(_Reader):
         super().close(0)
 
 
-class _Dialled(_Reader):
+class Dialled(Reader):
     """A connection this node opened: a DEALER of its own."""
 
-    reasons = _REASONS
+    reasons = REASONS
 
     def __init__(self, transport: "ZmqTransport", socket: "zmq.Socket[bytes]") -> None:
         self.transport = transport
@@ -202,10 +202,10 @@ class _Dialled(_Reader):
             super().close(linger)
 
 
-class _Accepted:
+class Accepted:
     """A connection somebody else opened: a routing id of the ROUTER."""
 
-    def __init__(self, router: "_Router", routing_id: bytes) -> None:
+    def __init__(self, router: "BoundRouter", routing_id: bytes) -> None:
         self._router = router
         self._routing_id = routing_id
 
@@ -216,13 +216,13 @@ class _Accepted:
         self._router.peers.pop(self._routing_id, None)
 
 
-class _Router(_Reader):
+class BoundRouter(Reader):
     """The bound socket: every peer that dialled, by routing id."""
 
     def __init__(self, transport: "ZmqTransport", socket: "zmq.Socket[bytes]") -> None:
         self.transport = transport
         self._received = transport.listener.received
-        self.peers: dict[bytes, _Accepted] = {}
+        self.peers: dict[bytes, Accepted] = {}
         super().__init__(socket)
 
     def take(self) -> None:
@@ -234,11 +234,11 @@ class _Router(_Reader):
             frame = self._recv(NOBLOCK, False)
         peer = self.peers.get(routing_id)
         if peer is None:
-            peer = self.peers[routing_id] = _Accepted(self, routing_id)
+            peer = self.peers[routing_id] = Accepted(self, routing_id)
             self.transport.listener.accepted(peer)
         self._received(peer, batch)
 
-    def send_to(self, routing_id: bytes, peer: _Accepted, batch: bytes | bytearray) -> bool:
+    def send_to(self, routing_id: bytes, peer: Accepted, batch: bytes | bytearray) -> bool:
         if not self.is_open or routing_id not in self.peers:
             return True
         for _ in range(2):
@@ -273,8 +273,8 @@ class ZmqTransport:
         self.exchange: dict[str, Any] | None = None
         self._handshake_ms = int(handshake_s * 1000)
         self._context = zmq.Context()
-        self._router: _Router | None = None
-        self._dialled: dict[_Dialled, None] = {}
+        self._router: BoundRouter | None = None
+        self._dialled: dict[Dialled, None] = {}
 
     def socket(self, kind: int, endpoint: str = "") -> "zmq.Socket[bytes]":
         """Return a socket with the bounds that all sockets here have."""
@@ -289,13 +289,13 @@ class ZmqTransport:
         socket.setsockopt(zmq.IPV6, "[" in endpoint)
         return socket
 
-    def router(self, socket: "zmq.Socket[bytes]") -> _Router:
+    def router(self, socket: "zmq.Socket[bytes]") -> BoundRouter:
         """Prepare a socket that is about to be bound."""
-        return _Router(self, socket)
+        return BoundRouter(self, socket)
 
-    def dialled(self, socket: "zmq.Socket[bytes]", node: str) -> _Dialled:
+    def dialled(self, socket: "zmq.Socket[bytes]", node: str) -> Dialled:
         """Prepare a socket that is about to be connected to the node of that name."""
-        return _Dialled(self, socket)
+        return Dialled(self, socket)
 
     async def start(self, endpoint: str, listener: Listener) -> str:
         self.listener = listener
@@ -334,7 +334,7 @@ class ZmqTransport:
             asyncio.get_running_loop().call_soon(dialled.lost, f"cannot dial {endpoint}: {error.strerror}")
         return dialled
 
-    def forget(self, dialled: _Dialled) -> None:
+    def forget(self, dialled: Dialled) -> None:
         """Drop a dialled connection that was closed."""
         self._dialled.pop(dialled, None)
 

@@ -198,13 +198,13 @@ async def test_a_welcome_that_finds_no_room_at_first_is_sent_again(
 ) -> None:
     from callboard.bus.transports import zmq as transport
 
-    send_to = transport._Router.send_to
+    send_to = transport.BoundRouter.send_to
     refusals = [False, False, False]
 
     def fickle(self: Any, *args: Any) -> bool:
         return refusals.pop() if refusals else send_to(self, *args)
 
-    monkeypatch.setattr(transport._Router, "send_to", fickle)
+    monkeypatch.setattr(transport.BoundRouter, "send_to", fickle)
     async with Node("a", endpoint=f"ipc://{tmp_path}/a.sock") as a, Node("b") as b:
         a.add("server", Server())
         assert await b.ref(a.address_of("server")).ask(Echo("x"), timeout=5) == Text("x")

@@ -2,8 +2,7 @@
 
 import asyncio
 import signal
-import statistics
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from callboard.bus import ActorDied, Address, LinkConfig, LinkLost, Node, Virtua
 from callboard.bus.frames import Answer, Post
 from callboard.bus.testing import run_virtual
 from callboard.bus.transports.inproc import InprocHub
-
-NUM_KILLS = 3
-
-
-async def seconds_until(error: type[Exception], awaited: Awaitable[Any]) -> float:
-    """Return the clock time at which ``awaited`` raised ``error``."""
-    with pytest.raises(error):
-        await awaited
-    return asyncio.get_running_loop().time()
 
 
 async def read_on(items: Any) -> None:
@@ -53,11 +43,12 @@ class Keeper(Peer):
 # ---- death -------------------------------------------------------------------------------------------------------
 
 
-async def times_of_a_death(folder: Path, *, is_dialled: bool) -> list[float]:
-    """Kill a peer; return after how many seconds an ask of it, a stream of it, and a handler for it had ended."""
-    loop = asyncio.get_running_loop()
-    start = Start(f"ipc://{folder}/peer.sock")
-    async with Node("test", endpoint=f"ipc://{folder}/test.sock") as node:
+@pytest.mark.parametrize("is_dialled", [True, False])
+async def test_what_is_pending_with_a_killed_peer_ends_without_any_ping(tmp_path: Path, is_dialled: bool) -> None:
+    # How soon is bench/deaths.py's question; here, that it takes no silence to tell.
+    start = Start(f"ipc://{tmp_path}/peer.sock")
+    links = LinkConfig(ping_s=60, silent_s=600)
+    async with Node("test", endpoint=f"ipc://{tmp_path}/test.sock", links=links) as node:
         keeper = Keeper()
         own = node.add("keeper", keeper).address
         ref = node.ref(Address("peer", start.endpoint, "peer"))
@@ -70,24 +61,17 @@ async def times_of_a_death(folder: Path, *, is_dialled: bool) -> list[float]:
                 assert node._links._by_key[start.endpoint].endpoint == ""
             async with ref.stream(Offer(), timeout=60) as items:
                 await anext(items)
-                asked = asyncio.ensure_future(seconds_until(ActorDied, ref.ask(Wait(), timeout=60)))
-                streamed = asyncio.ensure_future(seconds_until(ActorDied, read_on(items)))
+                asked = asyncio.ensure_future(ref.ask(Wait(), timeout=60))
                 await asyncio.sleep(0.05)
-                begin = loop.time()
                 process.kill()
                 async with asyncio.timeout(10):
-                    ends = [await asked - begin, await streamed - begin]
+                    with pytest.raises(ActorDied):
+                        await asked
+                    with pytest.raises(ActorDied):
+                        await read_on(items)
                     if not is_dialled:
                         assert await keeper.ended == "actor_died"
-                        ends.append(loop.time() - begin)
                 assert len(node._links._links) == 0
-    return ends
-
-
-@pytest.mark.parametrize("is_dialled", [True, False])
-async def test_what_is_pending_with_a_killed_peer_ends_at_once(tmp_path: Path, is_dialled: bool) -> None:
-    times = [max(await times_of_a_death(tmp_path, is_dialled=is_dialled)) for _ in range(NUM_KILLS)]
-    assert statistics.median(times) < 0.1
 
 
 # ---- silence -----------------------------------------------------------------------------------------------------
@@ -98,21 +82,18 @@ async def test_a_peer_that_is_stopped_or_hangs_is_cut_off_within_the_time_config
     tmp_path: Path, hangs: bool
 ) -> None:
     start = Start(f"ipc://{tmp_path}/peer.sock")
-    loop = asyncio.get_running_loop()
     async with Node("test", links=LinkConfig(ping_s=0.1, silent_s=0.6)) as node, running(start) as process:
         ref = node.ref(Address("peer", start.endpoint, "peer"))
         async with ref.stream(Offer(), timeout=60) as items:
             await anext(items)
-            begin = loop.time()
-            if hangs:
-                hanging = asyncio.ensure_future(seconds_until(LinkLost, ref.ask(Hang(60), timeout=60)))
-            else:
+            if not hangs:
                 process.send_signal(signal.SIGSTOP)
-                hanging = asyncio.ensure_future(seconds_until(LinkLost, ref.ask(GetCounts(), timeout=60)))
+            hanging = asyncio.ensure_future(ref.ask(Hang(60) if hangs else GetCounts(), timeout=60))
             async with asyncio.timeout(10):
                 with pytest.raises(LinkLost, match="not been heard of"):
                     await read_on(items)
-                assert 0.4 < await hanging - begin < 3.0
+                with pytest.raises(LinkLost, match="not been heard of"):
+                    await hanging
 
 
 async def test_a_peer_that_was_cut_off_as_silent_is_waited_for_no_longer_when_it_is_dialled_again(
@@ -238,9 +219,7 @@ async def test_a_node_leaves_though_a_peer_does_not_read_what_it_was_sent(tmp_pa
                 ref.tell(Note("x" * 10_000))
             async with asyncio.timeout(10):
                 await asyncio.sleep(0.1)
-                begin = asyncio.get_running_loop().time()
                 await node.stop()
-                assert asyncio.get_running_loop().time() - begin < 4.0
 
 
 class Stubborn:

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -82,10 +81,8 @@ async def test_messages_larger_than_a_part_arrive_whole_in_both_directions(a: No
 async def test_a_peer_of_another_fleet_is_told_that_its_key_was_refused(a: Node) -> None:
     for keys in (OTHERS, FleetKeys(bytes(range(32)), "other")):
         async with Node("b", fleet="test", keys=keys, links=SOON) as b:
-            began = time.monotonic()
             with pytest.raises(LinkLost, match="the key was refused"):
                 await server_of(a, b).ask(Echo("x"), timeout=30)
-            assert time.monotonic() - began < 10
     assert a.num_strangers > 0
 
 
