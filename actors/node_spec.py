@@ -17,6 +17,13 @@ class ActorSpec(msgspec.Struct, frozen=True):
     config: dict[str, Any] = {}
 
 
+class TraceSpec(msgspec.Struct, frozen=True):
+    """How many requests' records a node remembers, and whether prompts may leave it in full or as hashes only."""
+
+    keep: int = 1000
+    prompts: Literal["hashed", "full"] = "hashed"
+
+
 class RestartPolicy(msgspec.Struct, frozen=True):
     """How often a node that failed is started again, and after how long; the wait doubles every time."""
 
@@ -52,9 +59,14 @@ class NodeSpec(msgspec.Struct, frozen=True):
     """Killed by the kernel in the same moment; otherwise it ends in order when its pipe ends."""
     removes: str | None = None
     """The run directory, removed by this node when the launcher was killed."""
+    keeps_logs_at: str | None = None
+    """Where it keeps the logs that are in there before."""
     restart: RestartPolicy = RestartPolicy()
+    trace: TraceSpec = TraceSpec()
     is_essential: bool = False
     """Without it there is no fleet: when it is given up, the fleet ends."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which level on it logs."""
 
     def __repr__(self) -> str:
         return f"NodeSpec({self.name!r})"  # Keys and API keys are in it: they must not get into a log.

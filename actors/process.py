@@ -26,11 +26,15 @@ from callboard.bus.keys import FleetKeys
 from callboard.bus.tasks import Tasks
 
 from .actor import Actor, start_actor, stop_actor
+from .kept_logs import keep_logs
+from .logs import log_to
 from .node_spec import ActorSpec, NodeSpec, Status
 from .parent import die_with_parent
 from .protocol import Entry
 from .registration import Registration
 from .run_dir import remove_run_dir
+from .trace_protocol import TRACER
+from .tracer import Tracer
 
 log = logging.getLogger("callboard.process")
 
@@ -114,6 +118,9 @@ def make_actor(kind: Any, config: dict[str, Any]) -> Any:
 
 async def _start(node: Node, spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stack: AsyncExitStack) -> None:
     directory = None if spec.directory is None else node.ref(spec.directory)
+    tracer = Tracer(Tracer.Config(spec.trace.keep, spec.trace.prompts))
+    await start_actor(node, TRACER, tracer)
+    stack.push_async_callback(stop_actor, tracer)
     for actor_spec, actor in actors:
         if not isinstance(actor, Actor):
             node.add(actor_spec.name, actor)
@@ -202,6 +209,8 @@ class LauncherWatch:
     def remove_run_dir(self) -> None:
         """Remove the run directory, where that is this node's duty. Its lock goes last: then it may be made anew."""
         if self._spec.removes is not None:
+            if self._spec.keeps_logs_at is not None:
+                keep_logs(Path(self._spec.removes) / "logs", Path(self._spec.keeps_logs_at))
             remove_run_dir(Path(self._spec.removes))
 
 
@@ -262,9 +271,7 @@ def main() -> int:
     os.dup2(null, 0)
     os.dup2(2, 1)
     spec = msgspec.json.decode(line, type=NodeSpec)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s {spec.name} %(levelname)s %(name)s: %(message)s"
-    )
+    log_to(2, Path(spec.log), node=spec.name, level=spec.log_level)
     watch = LauncherWatch(spec, launcher)
     report("starting")
     _tie_to_launcher(spec)

@@ -8,6 +8,7 @@ from callboard.bus import Address, Ask, Message, Stream, Tell
 from callboard.kv.layout import KvLayout
 
 from .values import BadRequest as BadRequest
+from .values import Counters as Counters
 from .values import Entry as Entry
 from .values import FinishReason as FinishReason
 from .values import KvAddr as KvAddr
@@ -103,6 +104,7 @@ class Probed(Message, frozen=True):
     free_blocks: int
     num_blocks: int
     incarnation: str = ""
+    cached_blocks: int = 0
 
 
 class Probe(Ask[Probed], frozen=True):

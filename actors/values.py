@@ -49,6 +49,30 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     prefill_tps: float = 0.0
     decode_tps: float = 0.0
     queue_s: float = 0.0
+    cached_blocks: int = 0
+    """Of ``free_blocks``, those that the prefix cache holds until they are needed."""
+    quarantined_blocks: int = 0
+    """Of the others, those that nobody may have until a writer is known to be dead. A KV manager's."""
+
+
+class Counters(msgspec.Struct, frozen=True, array_like=True):
+    """What an actor has done since it started; every number only grows. An engine's, or a KV manager's."""
+
+    num_prompt_tokens: int = 0
+    """Of the sequences that were generated here, each counted at its first token."""
+    num_computed_tokens: int = 0
+    """Prompt tokens that went through the model here, for this engine's own sequences and for remote_send."""
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_finished: dict[str, int] = {}
+    """Sequences by how they ended: stop, length, abort (its client left, too), error."""
+    num_queried_tokens: int = 0
+    """Tokens that were looked for in the prefix cache, once for each time that blocks were taken for them."""
+    num_hit_tokens: int = 0
+    """Of these, the ones that were found."""
+    num_evicted_blocks: int = 0
+    num_bytes_sent: int = 0
+    """Of KV, into other pools."""
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -94,3 +118,6 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     pid: int = 0
     num_strangers: int = 0
     """Connections that its node has turned away, because they did not show the fleet's keys."""
+    counters: Counters = Counters()
+    started: float = 0.0
+    """When the actor first entered the directory, on its node's wall clock; 0: it is not known."""

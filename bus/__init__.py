@@ -8,7 +8,7 @@ from .links import LinkConfig
 from .messages import Ask, Message, Stream, Tell
 from .node import Node
 from .ref import Items, Ref
-from .taps import Ring, TapRecord
+from .taps import TapRecord, Trace
 
 __all__ = [
     "FOREVER",
@@ -28,10 +28,10 @@ __all__ = [
     "Ref",
     "Refusal",
     "RemoteError",
-    "Ring",
     "Stream",
     "TapRecord",
     "Tell",
+    "Trace",
     "UnknownActor",
     "VirtualClock",
     "current_call",

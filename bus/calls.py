@@ -16,6 +16,7 @@ from .clock import Clock
 from .deadlines import Slot
 from .errors import ActorDied, AskTimeout, BusError, LinkLost, Refusal, refusal_from_wire
 from .frames import TELL, Cancel, Credit, Fail, Frame
+from .notes import Note, error_text
 
 FOREVER = float("inf")
 DEFAULT_CREDIT = 256
@@ -42,8 +43,8 @@ class Pipe(Protocol):
     def next_id(self) -> int:
         """Return a new id for something asked over the link."""
 
-    def post(self, frame: Frame) -> None:
-        """Queue a frame."""
+    def post(self, frame: Frame) -> int:
+        """Queue a frame; return its bytes, 0 where it is not encoded."""
 
     def post_item(self, stream: int, item: Any) -> None:
         """Queue an item of a stream that is served."""
@@ -55,9 +56,11 @@ class Pipe(Protocol):
 class Asked:
     """An ask or a stream this node sent, until its end."""
 
-    __slots__ = ("decode", "id", "is_open", "link", "slot", "what")
+    __slots__ = ("decode", "id", "is_open", "link", "note", "slot", "what")
 
     def __init__(self, link: Pipe, decode: Any) -> None:
+        self.note: Note | None = None
+        """Where it is recorded."""
         self.link = link
         self.id = link.next_id()
         self.decode = decode
@@ -81,6 +84,8 @@ class Asked:
         """Tell the far side that nobody waits any more. A repeat does nothing."""
         if self.forget():
             self.link.post(Cancel(self.id))
+            if self.note is not None:
+                self.note.ended("cancelled")
 
     def expire(self) -> None:
         """End with AskTimeout and cancel the far side."""
@@ -118,7 +123,7 @@ class PendingAsk(Asked):
         self.id = call_id = link.next_id()
         self.decode = decode
         self.is_open = True
-        self.slot = self.what = None
+        self.slot = self.what = self.note = None
         link.asked[call_id] = self
         self.future: asyncio.Future[Any] = loop.create_future()
 
@@ -128,6 +133,8 @@ class PendingAsk(Asked):
         if self.slot is not None:
             self.slot.pop(self, None)
         del self.link.asked[self.id]
+        if self.note is not None:
+            self.note.answered(answer, body)
         if not self.future.done():
             self.future.set_result(answer)
 
@@ -136,6 +143,8 @@ class PendingAsk(Asked):
         self.fail(LinkLost("a stream's end came as the answer of an ask"))
 
     def fail(self, error: BusError) -> None:
+        if self.note is not None:
+            self.note.ended(error_text(error))
         if not self.future.done():
             self.future.set_exception(error)
 
@@ -169,6 +178,8 @@ class OpenStream(Asked):
             self._items += items[: self._room]
             raise ValueError(f"more than the {self._credit} items it had credit for")
         self._items += items
+        if self.note is not None:
+            self.note.items(len(items), body)
         wake = self._wake
         if wake is not None and not wake.done():
             wake.set_result(None)
@@ -182,9 +193,13 @@ class OpenStream(Asked):
     def end(self) -> None:
         self.forget()
         self._is_ended = True
+        if self.note is not None:
+            self.note.ended("")
         self._notify()
 
     def fail(self, error: BusError) -> None:
+        if self.note is not None:
+            self.note.ended(error_text(error))
         self._error = error
         self._is_ended = True
         self._notify()
@@ -226,6 +241,8 @@ class OpenStream(Asked):
             # Not cleared afterwards: by the time a cancelled reader gets here, another may be waiting.
             wake = self._wake = self._loop.create_future()
             await wake
+            if self.note is not None:
+                self.note.resumed()
         self._taken += 1
         if self._taken * 2 >= self._credit:
             self._grant()
@@ -235,8 +252,10 @@ class OpenStream(Asked):
 class Call:
     """What a handler may know of the call it serves (``current_call()``)."""
 
-    __slots__ = ("_clock", "_deadline", "caller", "caller_incarnation", "ended", "request_id")
+    __slots__ = ("_clock", "_deadline", "actor", "caller", "caller_incarnation", "ended", "request_id")
 
+    actor: str
+    """The actor that serves it."""
     caller: str
     """The asking node."""
     caller_incarnation: str
@@ -245,6 +264,14 @@ class Call:
     """Why the handler was cancelled: cancelled, timeout, actor_died, link_lost, stopped or failed; "" while it runs."""
     _clock: Clock
     _deadline: float
+    span: int = 0
+    """Its id in the records (taps.py); 0 where it is not recorded."""
+    trace: str = ""
+    """The W3C trace that it belongs to, 32 hex digits; empty for none."""
+    sent_s: float = 0.0
+    """When the latest message was sent that was recorded as done for it, on the node's clock."""
+    heard_s: float = 0.0
+    """When the latest end was heard of what was asked for it."""
 
     def remaining_s(self) -> float:
         """Return the seconds until the deadline, not below 0; infinite for standing streams."""
@@ -279,7 +306,7 @@ class Dropper(Protocol):
 class Served(Call):
     """A tell, an ask or a stream this node serves, until its end."""
 
-    __slots__ = ("_room", "actor", "credit", "has_begun", "id", "is_open", "kind", "link", "server", "task")
+    __slots__ = ("_room", "credit", "has_begun", "id", "is_open", "kind", "link", "server", "task")
 
     def __init__(
         self,
@@ -333,6 +360,15 @@ class Served(Call):
 
     def fail(self, error: BusError) -> None:
         self.end("failed", fail_of(self.id, error))
+
+    def note_turn(self) -> None:
+        """Record that its handler begins, where the call is recorded (traced.py) and has waited for that."""
+
+    def ends(self) -> None:
+        """Note the time at which it ends, where the call is recorded: what tells its caller may leave before a note."""
+
+    def note_end(self, error: str = "") -> None:
+        """Record the end where the call is recorded (traced.py). A repeat does nothing."""
 
     def grant(self, count: int) -> None:
         """Take credit for ``count`` more items."""

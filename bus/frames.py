@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_BATCH_BYTES = 64 * 1024
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A prompt of 128 Ki tokens is 512 KiB: nothing that belongs on the bus comes near this."""
@@ -117,7 +117,19 @@ class Bye(Frame, frozen=True, tag=13):
     """The node stops in order; nothing follows. Answered with Bye: all before it was heard."""
 
 
-AnyFrame = Hello | Welcome | Refused | Post | Answer | Items | End | Fail | Cancel | Credit | Ping | Pong | Bye
+class TracedPost(Post, frozen=True, tag=14):
+    """A Post that is recorded: ``span`` names the call in the records of both nodes (taps.py).
+
+    ``trace`` is the W3C trace that it belongs to, 32 hex digits; empty for none.
+    """
+
+    span: int = 0
+    trace: str = ""
+
+
+AnyFrame = (
+    Hello | Welcome | Refused | Post | Answer | Items | End | Fail | Cancel | Credit | Ping | Pong | Bye | TracedPost
+)
 
 decode_batch = msgspec.msgpack.Decoder(tuple[str, int, list[AnyFrame]]).decode
 encode_batch = msgspec.msgpack.Encoder().encode

@@ -82,9 +82,10 @@ class LocalLink(Link):
         self._clock = clock
         self._deliver = deliver
 
-    def post(self, frame: Frame) -> None:
+    def post(self, frame: Frame) -> int:
         if not self._is_silent:
             self._loop.call_soon(self._take, frame)
+        return 0
 
     def post_item(self, stream: int, item: Any) -> None:
         body: Any = [item]  # As it is; typed Raw for what comes from elsewhere.

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from .address import Address
+from .calls import current_call
 from .complaints import Complaints
 from .errors import ActorDied, LinkLost
 from .frames import (
@@ -92,6 +93,11 @@ class Links:
         self._is_stopped = False
         self._all_left: asyncio.Future[None] | None = None
 
+    @property
+    def num_open(self) -> int:
+        """Links over which both sides have greeted."""
+        return sum(link.is_open for link in self._links)
+
     def start(self) -> None:
         """Begin to watch over the links."""
         self._context = copy_context()
@@ -134,6 +140,7 @@ class Links:
             elif address.endpoint:
                 link.dial_until = self._node.clock.now() + self._config.dial_s
                 self._dial(link)
+                self._node.note_turn(current_call(), link.last_heard, "dial")
             else:
                 self._break_soon(link, f"node {address.node} is not linked and cannot be dialled")
         return link

@@ -19,15 +19,17 @@ from .calls import FOREVER, Asked, Call, OpenStream, PendingAsk, Pipe, current_c
 from .clock import Clock
 from .deadlines import Deadlines
 from .errors import LinkLost, words_of
-from .frames import ASK, STREAM, TELL, Post
+from .frames import ASK, STREAM, TELL, Post, TracedPost
 from .link import Link, LocalLink
 from .links import LinkConfig, Links
 from .mailbox import Mailbox
 from .messages import Message, Stream, Tell, answer_type
+from .notes import Note
 from .place import Place
 from .ref import Items, Ref
 from .serving import Server
 from .tasks import Tasks
+from .traced import Root
 from .transports.contract import Transport
 from .worker import Worker
 
@@ -169,6 +171,16 @@ class Node(Place):
         num: int = getattr(self.transport, "num_strangers", 0)
         return num
 
+    @property
+    def num_links(self) -> int:
+        """Nodes it is linked to at this moment."""
+        return self._links.num_open
+
+    @property
+    def num_refused(self) -> int:
+        """Batches and peers turned away: malformed, out of order, of another fleet or version."""
+        return self._links.num_refused
+
     # ---- what a simulation replaces ------------------------------------------------------------------------------
 
     def new_id(self) -> str:
@@ -191,10 +203,14 @@ class Node(Place):
 
     def send_tell(self, to: Address, message: Message) -> None:
         """See Ref.tell."""
-        body: Any = message
         link = self._link(to)
-        request_id = self._note(link, to, message, self._kind(type(message)), current_call())
-        link.post(Post(0, TELL, to.actor, body, None, request_id))
+        call, kind = current_call(), self._kinds.get(type(message)) or self._kind(type(message))
+        request_id = "" if call is None and not kind.has_request_id else _request_of(message, kind, call)
+        body: Any = message
+        if request_id or self.tap is not None:
+            self._post_traced(link, call, 0, TELL, to.actor, body, None, request_id, 0)
+        else:
+            link.post(Post(0, TELL, to.actor, body))
 
     def start_ask(self, to: Address, message: Message, timeout: float | None) -> PendingAsk:
         """See Ref.ask: whoever asks awaits ``future`` and cancels."""
@@ -229,11 +245,12 @@ class Node(Place):
         call = current_call()
         try:
             seconds = DEFAULT_TIMEOUT_S if timeout is None and call is None else _seconds(timeout, call)
-            if call is None and self.tap is None and not kind.has_request_id:
-                request_id = ""
+            request_id = "" if call is None and not kind.has_request_id else _request_of(message, kind, call)
+            post = (asked.id, way, to.actor, body, seconds, request_id, credit)
+            if request_id or self.tap is not None:
+                asked.note = self._post_traced(asked.link, call, *post)
             else:
-                request_id = self._note(asked.link, to, message, kind, call)
-            asked.link.post(Post(asked.id, way, to.actor, body, seconds, request_id, credit))
+                asked.link.post(Post(*post))
         except BaseException:
             asked.forget()  # A deadline that is none, or it does not encode: nothing was sent.
             raise
@@ -241,14 +258,29 @@ class Node(Place):
             asked.what = (to, type(message), seconds)
             asked.slot = self.deadlines.add(asked, seconds)
 
-    def _note(self, link: Pipe, to: Address, message: Message, kind: "_Kind", call: Call | None) -> str:
-        """Return the request a message belongs to, its own or that of the call it is sent in; tell the tap."""
-        request_id = message.request_id if kind.has_request_id else ""  # type: ignore[attr-defined]
-        if not request_id or type(request_id) is not str:
-            request_id = "" if call is None else call.request_id
-        if self.tap is not None:
-            self.tap(self.clock.now(), "sent", link.name, to.actor, type(message).__name__, request_id)
-        return str(request_id)
+    def _post_traced(
+        self,
+        link: Pipe,
+        call: Call | None,
+        call_id: int,
+        way: int,
+        actor: str,
+        message: Any,
+        seconds: float | None,
+        request_id: str,
+        credit: int,
+    ) -> Note:
+        """Send a message that is recorded, and return the note of its end."""
+        # Hot: once per message of a request (bench/taps.py).
+        span, trace = self.new_span(), "" if call is None else call.trace
+        note = Note(self, call, actor, link.name, type(message).__name__, request_id, span)
+        post = TracedPost(call_id, way, actor, message, seconds, request_id, credit, span, trace)
+        note.sent(message, link.post(post))
+        return note
+
+    def root(self, actor: str, request_id: str, *, span: int, trace: str = "") -> Root:
+        """Return what stands for a request from outside: with ``enter_call`` it is the parent of what is sent."""
+        return Root(actor, request_id, self.clock, span=span, trace=trace)
 
     def _link(self, to: Address) -> Link:
         local = self._local
@@ -261,7 +293,9 @@ class Node(Place):
     def _kind(self, message_type: type) -> "_Kind":
         kind = self._kinds.get(message_type)
         if kind is None:
+            begin = self.clock.now()
             kind = self._kinds[message_type] = _Kind(message_type, self._decode_ref)
+            self.note_turn(current_call(), begin)
         return kind
 
     def _decode_ref(self, kind: type, value: Any) -> Any:
@@ -284,6 +318,14 @@ class _Kind:
             if issubclass(message_type, Stream):
                 answer = list[answer]  # type: ignore[valid-type]
             self.decode = msgspec.msgpack.Decoder(answer, dec_hook=dec_hook).decode
+
+
+def _request_of(message: Any, kind: _Kind, call: Call | None) -> str:
+    """Return the request a message belongs to: that of the call it is sent in, or its own."""
+    if call is not None and call.request_id:
+        return call.request_id
+    request_id = message.request_id if kind.has_request_id else ""
+    return request_id if type(request_id) is str else ""
 
 
 def _as_it_is(body: Any) -> Any:

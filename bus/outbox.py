@@ -64,11 +64,11 @@ class Outbox:
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def post(self, frame: Frame) -> None:
-        """Queue a frame; it leaves with this loop pass. Raises ValueError if it is too large to send."""
+    def post(self, frame: Frame) -> int:
+        """Queue a frame; it leaves with this loop pass. Returns its bytes; raises ValueError if it is too large."""
         # Hot: once per message (bench/bus.py).
         if self._is_silent:
-            return
+            return 0
         if self._stream:
             self._close_items()
         batch = self._batch
@@ -84,6 +84,7 @@ class Outbox:
             self._grown(start, size)
         if not self._is_flush_scheduled and self.is_open:
             self._begin_pass()
+        return size - start
 
     def post_item(self, stream: int, item: Any) -> None:
         """Queue an item of a stream: with what the stream queued just before, one frame. Raises as ``post``."""

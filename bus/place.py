@@ -2,9 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from .calls import Call
 from .clock import Clock
 from .deadlines import Deadlines
-from .taps import Tap
+from .notes import TURN_S
+from .taps import NO_BODY, NO_FACTS, REQUEST_ID, SPAN, Follower, Row, Trace, encode
 from .transports.contract import Transport
 
 if TYPE_CHECKING:
@@ -37,5 +41,76 @@ class Place:
         """Objects shared with the other nodes of this process; None between processes."""
         self.deadlines: Deadlines
         """Of all calls at this node; there since its start."""
-        self.tap: Tap | None = None
-        """Called once per message sent and received; None costs one attribute test."""
+        self.trace = Trace()
+        """The records of requests."""
+        self.tap: Follower | None = None
+        """Called with the records of all other messages; None costs one attribute test a message."""
+        self._everything: tuple[Follower, ...] = ()
+        # A random half and a counter: unlike those of all other nodes, and nothing is drawn for it.
+        self._next_span = (int(incarnation, 16) & 0xFFFFFFFF) << 32
+
+    # ---- records -------------------------------------------------------------------------------------------------
+
+    def new_span(self) -> int:
+        """Return an id for a call or a span, which no other in the fleet has: 64 bits, not 0."""
+        self._next_span += 1
+        return self._next_span
+
+    def note(
+        self,
+        call: Call | None,
+        name: str,
+        begin: float,
+        *,
+        end: float | None = None,
+        actor: str = "",
+        span: int = 0,
+        error: str = "",
+        **facts: Any,
+    ) -> None:
+        """Record that an actor did ``name`` for a call's request, from ``begin`` on this node's clock until now.
+
+        ``actor`` is by default the one that serves the call. Nothing is recorded of what belongs to no request.
+        """
+        if call is None or not call.request_id:
+            return
+        self.trace.add(
+            (
+                *(SPAN, self.clock.now() if end is None else end, begin, actor or call.actor, "", "", name),
+                *(call.request_id, span or self.new_span(), call.span, 0, 0, 0.0, error),
+                *(msgspec.Raw(encode(facts)) if facts else NO_FACTS, NO_BODY),
+            )
+        )
+
+    def note_turn(self, call: Call | None, begin: float, name: str = "turn", *, end: float | None = None) -> None:
+        """Record what kept an actor from its next message since ``begin``, if it took long: its process, mostly."""
+        if end is None:
+            end = self.clock.now()
+        if end - begin >= TURN_S:
+            self.note(call, name, begin, end=end)
+
+    def record(self, row: Row, message: Any = None) -> None:
+        """Take a record, of a request or not; see Follower."""
+        if row[REQUEST_ID]:
+            self.trace.add(row, message)
+        elif self.tap is not None:
+            self.tap(row, message)
+
+    def follow(self, follower: Follower, *, everything: bool = False) -> None:
+        """Call ``follower`` with every record of a request, or with every record, until ``unfollow``."""
+        self.trace.followers = (*self.trace.followers, follower)
+        if everything:
+            self._set_everything((*self._everything, follower))
+
+    def unfollow(self, follower: Follower) -> None:
+        """Do so no longer. A repeat does nothing."""
+        self.trace.followers = tuple(each for each in self.trace.followers if each != follower)
+        self._set_everything(tuple(each for each in self._everything if each != follower))
+
+    def _set_everything(self, followers: tuple[Follower, ...]) -> None:
+        self._everything = followers
+        self.tap = None if not followers else followers[0] if len(followers) == 1 else self._tell_all
+
+    def _tell_all(self, row: Row, message: Any) -> None:
+        for follower in self._everything:
+            follower(row, message)

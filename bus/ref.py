@@ -60,6 +60,8 @@ class Ref:
         pending = self._node.start_ask(self.address, message, timeout)
         try:
             answer: R = await pending.future
+            if pending.note is not None:
+                pending.note.resumed()
             return answer
         finally:
             if pending.is_open:

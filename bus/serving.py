@@ -10,11 +10,13 @@ import msgspec
 from .calls import Asked, Served, enter_call, error_of, leave_call
 from .complaints import Complaints
 from .errors import ActorDied, AskTimeout, BusError, LinkLost, NotUnderstood, Refusal, UnknownActor, words_of
-from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Items, Post
+from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Items, Post, TracedPost
 from .link import Link
 from .mailbox import Handler, Mailbox
+from .notes import error_text
 from .place import Place
 from .tasks import cancel_all
+from .traced import TracedServed
 
 log = logging.getLogger("callboard.bus")
 
@@ -95,7 +97,7 @@ class Server:
                         (asked.items if kind is Items else asked.answer)(frame.body)  # type: ignore[attr-defined]
                     except _UNDECODABLE as error:
                         self._misunderstood(link, asked, error)
-            elif kind is Post:
+            elif kind is Post or kind is TracedPost:
                 self._on_post(link, frame)  # type: ignore[arg-type]
             elif kind is Credit:
                 served = served_of.get(frame.id)  # type: ignore[attr-defined]
@@ -138,9 +140,10 @@ class Server:
             self._refuse(link, post, error)
             return
         node = self._node
-        if node.tap is not None:
-            node.tap(node.clock.now(), "received", link.name, post.actor, type(message).__name__, post.request_id)
-        served = Served(self, link, call_id, kind, post.actor, node.clock, post.request_id, timeout)
+        if type(post) is TracedPost:
+            served: Served = TracedServed(self, node, link, kind, post, message)
+        else:
+            served = Served(self, link, call_id, kind, post.actor, node.clock, post.request_id, timeout)
         if not handler.is_task:
             self._run_inline(served, handler.call, message)
             return
@@ -170,10 +173,15 @@ class Server:
         try:
             answer = handle(message)
             if served.kind == ASK and served.is_open:
+                if served.span:
+                    served.ends()
                 served.link.post(Answer(served.id, answer))
+                if served.span:
+                    served.note_end()
         except asyncio.CancelledError:  # Let through, it would take the rest of the batch with it.
             if served.kind == ASK and served.is_open:
                 served.link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the call"))
+                served.note_end("gave up")
         except Exception as error:
             self._failed(served, error, answer=served.kind == ASK and served.is_open)
         finally:
@@ -193,16 +201,23 @@ class Server:
     async def _run_ask(self, served: Served, handler: Handler, message: Any) -> None:
         served.has_begun = True
         enter_call(served)
+        if served.span:
+            served.note_turn()
         link = served.link
         try:
             answer = await handler.call(message)
             if served.is_open:
+                if served.span:
+                    served.ends()
                 link.post(Answer(served.id, answer))  # It may not encode: then the end is still to be told.
                 served.is_open = False
                 del link.served[served.id]
+                if served.span:
+                    served.note_end()
         except asyncio.CancelledError:
             if served.finish():
                 link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the call"))
+                served.note_end("gave up")
         except Exception as error:
             self._failed(served, error, answer=served.finish())
         finally:
@@ -211,6 +226,8 @@ class Server:
     async def _run_stream(self, served: Served, handler: Handler, message: Any) -> None:
         served.has_begun = True
         enter_call(served)
+        if served.span:
+            served.note_turn()
         items = handler.call(message)
         link, call_id = served.link, served.id
         post_item = link.post_item
@@ -223,10 +240,12 @@ class Server:
                 served.credit -= 1
                 post_item(call_id, item)
             if served.finish():
+                served.note_end()
                 link.post(End(served.id))
         except asyncio.CancelledError:
             if served.finish():
                 link.post(Fail(served.id, "actor_died", f"{served.actor} gave up on the stream"))
+                served.note_end("gave up")
         except Exception as error:
             self._failed(served, error, answer=served.finish())
         finally:
@@ -240,6 +259,8 @@ class Server:
     def _failed(self, served: Served, error: Exception, *, answer: bool) -> None:
         """Tell the caller of a handler's exception, if it is still to be told; a bug stops the actor."""
         where = f"{served.actor}@{self._node.name}"
+        if answer and served.span:
+            served.note_end(error_text(error))
         if isinstance(error, Refusal):
             fail = _refusal(served.id, error)
         elif isinstance(error, (AskTimeout, TimeoutError)):

@@ -107,6 +107,7 @@ class BlockManager:
         if lease is None:
             match = self.cache.match(tokens)
             table = self.allocator.take(match.blocks, self.allocator.blocks_for(num_tokens(tokens)))
+            self.cache.note_query(num_tokens(tokens), match.num_tokens)
             lease = account.sequences[sequence_id] = SequenceLease(Grant(table, match.num_tokens))
         return lease.grant
 
@@ -193,6 +194,7 @@ class BlockManager:
         if match.num_tokens >= end:
             table = match.blocks[:total]
             self.cache.pin(table)
+            self.cache.note_query(end, end)
             self._loans[loan_id] = table
             return Loan(loan_id, None, tokens, table, end)
         grant = self.admit(engine, loan_id, tokens)
@@ -224,6 +226,12 @@ class BlockManager:
         return account is not None and loan.loan_id in account.sequences
 
     # ---- accounting ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that nobody may have until a writer is known to be dead; one that several hold counts for each."""
+        lost = sum(len(account.all_blocks()) for account in self._lost.values())
+        return len(self.reservations.blocks(is_quarantined=True)) + lost
 
     def counts(self) -> Counts:
         """Count where every block is. One that several hold counts as what is hardest to get back."""

@@ -43,6 +43,8 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.num_evicted = 0
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
         self.num_idle = 0
         """Blocks that only the cache holds."""
         self._pool = pool
@@ -72,6 +74,11 @@ class PrefixCache:
             blocks.append(child.block)
             node = child
         return Match(tuple(blocks), len(blocks) * self._block_size)
+
+    def note_query(self, num_queried: int, num_hits: int) -> None:
+        """Count that blocks were taken for ``num_queried`` tokens, ``num_hits`` of which were found here."""
+        self.num_queried_tokens += num_queried
+        self.num_hit_tokens += min(num_hits, num_queried)
 
     def insert(self, tokens: bytes, block_table: Sequence[int]) -> int:
         """Enter the full blocks of ``tokens``, which the caller holds in ``block_table``; return how many were new.

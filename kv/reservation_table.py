@@ -88,6 +88,7 @@ class ReservationTable:
         if match.num_tokens < last:
             self._require_share(total)
         table = self._allocator.take(match.blocks, total)
+        self._allocator.cache.note_query(num_tokens(prompt), match.num_tokens)
         reservation = Reservation(
             self._new_id(), begin=min(match.num_tokens, last), end=last, expires_at=now + self.lease_s
         )

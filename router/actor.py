@@ -16,11 +16,12 @@ from callboard.actors.actor import Actor
 from callboard.actors.protocol import BadRequest, Entry, Generate, GetSubRequests, SubRequests, Token, View
 from callboard.actors.registration import DirectoryView, Registration
 from callboard.bus import BusError, current_call
+from callboard.bus.errors import words_of
 from callboard.bus.liveness import own_pid
 from callboard.kv.layout import BadRange
 from callboard.kv.tokens import TOKEN_BYTES
 
-from .attempt import GONE, Attempt
+from .attempt import GONE, MOST_ERROR, Attempt
 from .deadline import Deadline
 from .errors import NoEngine, QueueFull, ScriptError
 from .fleet import Fleet
@@ -37,6 +38,8 @@ MOST_ID = 256
 """Characters of a request's id: it is kept with each of its sub-requests."""
 CLOSE_S = 5.0
 """How long a script may take to leave its scopes."""
+MOST_NOTE = 200
+"""Characters of a note that a record keeps."""
 EMPTY = (LookupError, ZeroDivisionError, ValueError)
 """What choosing from no engines at all raises in a script that did not check."""
 _END: Any = object()
@@ -87,7 +90,7 @@ class RouterActor(Actor):
     async def on_generate(self, message: Generate) -> AsyncIterator[Token]:
         if self.num_in_flight >= self.config.max_queue:
             raise QueueFull(num_in_flight=self.num_in_flight, max_queue=self.config.max_queue)
-        call = current_call()
+        begin_s, call = self.node.clock.now(), current_call()
         assert call is not None, "a stream is served"
         _check(message)
         limit_s = min(self.config.deadline_s, call.remaining_s())
@@ -95,14 +98,14 @@ class RouterActor(Actor):
         deadline = Deadline(self.node.clock, seconds=limit_s, what=what, on_idle=call.fail)
         self.num_in_flight += 1
         try:
-            async with aclosing(self._attempts(message, deadline)) as tokens:
+            async with aclosing(self._attempts(message, deadline, begin_s)) as tokens:
                 async for token in tokens:
                     yield token
         finally:
             self.num_in_flight -= 1
             deadline.close()
 
-    async def _attempts(self, message: Generate, deadline: Deadline) -> AsyncGenerator[Token, None]:
+    async def _attempts(self, message: Generate, deadline: Deadline, begin_s: float) -> AsyncGenerator[Token, None]:
         """Run the script until it succeeds, fails for good, or has sent a token."""
         script, clock = self.script, self.node.clock
         is_starting = clock.now() - self._started_s < self.config.patience_s
@@ -115,34 +118,43 @@ class RouterActor(Actor):
                 message,
                 attempt=number,
                 remaining_s=deadline.remaining_s,
-                note=lambda why: self.spans.note(message.request_id, why),
             )
             has_sent = False
             try:
-                async with aclosing(self._run(script, request, deadline, patience)) as tokens:
+                async with aclosing(self._run(script, request, deadline, patience, begin_s)) as tokens:
                     async for token in tokens:
                         has_sent = True
                         yield token
                 return
             except NoEngine:
-                if has_sent or not await patience.waits_for_engine(request, is_retry=number > 0):
+                if has_sent:
+                    raise
+                waits_s = clock.now()
+                is_hopeful = await patience.waits_for_engine(request, is_retry=number > 0)
+                self.node.note(current_call(), "wait", waits_s)
+                if not is_hopeful:
                     raise
             except GONE as error:
                 number += 1
                 if has_sent or number >= NUM_ATTEMPTS:
                     raise
-                log.info("request %s: attempt %d follows after %r", request.id, number + 1, error)
+                log.warning("attempt %d follows after %r", number + 1, error, extra={"request_id": request.id})
+            begin_s = clock.now()
 
     async def _run(
-        self, script: Script, request: Request, deadline: Deadline, patience: Patience
+        self, script: Script, request: Request, deadline: Deadline, patience: Patience, begin_s: float
     ) -> AsyncGenerator[Token, None]:
         """Run the script once; yield its tokens in order. All it took is given back when this ends."""
-        attempt = Attempt(self, request, self.loads, self.spans)
+        attempt = Attempt(self, request, self.loads, self.spans, begin_s)
+        error_words = ""
         fleet = Fleet(attempt, self.view)
         position, is_finished = 0, False
         route: Any = None
         try:
-            await patience.waits_for_first_view(request)
+            if not self.view.has_view:
+                waits_s = self.node.clock.now()
+                await patience.waits_for_first_view(request)
+                self.node.note(current_call(), "wait", waits_s)
             route = script.route(request, fleet)
             while True:
                 # Hot: once per token (bench/serve.py).
@@ -159,11 +171,20 @@ class RouterActor(Actor):
                 raise _broke_rule(script, f"route {what}", "Yield every token of start_generate, to its end")
         except (Exception, SystemExit) as error:  # A script's exit() ends its request, not the fleet.
             verdict = self._verdict(script, fleet, request, error)
+            error_words = words_of(verdict)[:MOST_ERROR]
             if verdict is error:
                 raise
             raise verdict from error
         finally:
             await self._close(script, route, attempt)
+            attempt.note_end(
+                error=error_words,
+                script=script.name,
+                version=script.version,
+                number=request.attempt,
+                options=script.shown_options,
+                **{f"why.{name}": value[:MOST_NOTE] for name, value in request.notes.items()},
+            )
 
     def _verdict(self, script: Script, fleet: Fleet, request: Request, error: Exception | SystemExit) -> Exception:
         """Return what a failure of the script is to its client."""
@@ -174,7 +195,7 @@ class RouterActor(Actor):
             return cause
         if fleet.lacking is not None and isinstance(cause, EMPTY):
             return fleet.no_engine(fleet.lacking)
-        log.error("request %s: script %s failed", request.id, script.path, exc_info=error)
+        log.error("script %s failed", script.path, exc_info=error, extra={"request_id": request.id})
         if isinstance(cause, ScriptError):
             return cause
         reason = str(cause) if isinstance(cause, BadRange) else f"route raised {type(cause).__name__}: {cause}"

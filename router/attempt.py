@@ -12,7 +12,7 @@ from typing import Any
 
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import Entry, KvAddr, Release, SubRequest
-from callboard.bus import ActorDied, BusError, LinkLost, Ref, UnknownActor
+from callboard.bus import ActorDied, BusError, LinkLost, Ref, UnknownActor, current_call
 
 from .loads import Loads
 from .request import Request
@@ -42,7 +42,7 @@ class Span:
 class Attempt:
     """What one run of a script holds. ``close`` gives back all of it; afterwards no verb can be called."""
 
-    def __init__(self, router: Actor, request: Request, loads: Loads, spans: Spans) -> None:
+    def __init__(self, router: Actor, request: Request, loads: Loads, spans: Spans, begin_s: float) -> None:
         self.node = router.node
         self.request = request
         self.loads = loads
@@ -54,6 +54,11 @@ class Attempt:
         self._picked: dict[str, int] = {}
         self._reservations: dict[tuple[str, str], KvAddr] = {}
         self._open: dict[Callable[[], Awaitable[None]], None] = {}
+        self._call = current_call()
+        self._begin_s = self._script_s = begin_s
+        self._num_verbs = 0
+        self._is_scripting = False
+        """The verbs under way are the first after what the script did by itself: that is still to be recorded."""
 
     # ---- places in the load counts
 
@@ -84,6 +89,7 @@ class Attempt:
         """Record a call and its failure; with ``keeps_place`` the engine keeps the request afterwards."""
         self.pick(entry.name)
         self._picked[entry.name] += 1
+        self._verb_begins()
         span = Span(self.request.id, verb, entry.name, self.node.clock.now())
         try:
             yield span
@@ -107,9 +113,40 @@ class Attempt:
         if not span.is_recorded:
             span.is_recorded = True
             end_s = self.node.clock.now()
+            self._note_script()
+            self._num_verbs -= 1
+            if not self._num_verbs:
+                heard_s = 0.0 if self._call is None else self._call.heard_s
+                self._script_s = heard_s if heard_s > span.start_s else end_s
             self._spans.add(
                 SubRequest(span.request_id, span.verb, span.actor, span.start_s, end_s, error=span.error, **span.facts)
             )
+
+    def _verb_begins(self) -> None:
+        """From here on the script waits for the fleet."""
+        if not self._num_verbs:
+            self._is_scripting = True
+        else:
+            self._note_script()
+        self._num_verbs += 1
+
+    def _note_script(self) -> None:
+        """Record the script's own time until the first of the verbs under way was sent."""
+        if self._is_scripting:
+            self._is_scripting = False
+            sent_s = 0.0 if self._call is None else self._call.sent_s
+            end_s = sent_s if sent_s > self._script_s else self.node.clock.now()
+            self.node.note(self._call, "script", self._script_s, end=end_s)
+
+    def note_turn(self, begin_s: float) -> None:
+        """Record that a verb goes on only now, if the router's process was at other things for long."""
+        self.node.note_turn(self._call, begin_s)
+
+    def note_end(self, **facts: Any) -> None:
+        """Record that the script has run, with what it was and what it chose."""
+        if not self._num_verbs:
+            self.node.note(self._call, "script", self._script_s)
+        self.node.note(self._call, "attempt", self._begin_s, **facts)
 
     # ---- reservations
 

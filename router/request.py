@@ -17,7 +17,6 @@ class Request:
         *,
         attempt: int,
         remaining_s: Callable[[], float],
-        note: Callable[[dict[str, str]], None],
     ) -> None:
         self.id: str = message.request_id
         self.model: str = message.model
@@ -30,7 +29,8 @@ class Request:
         self.packed_prompt: bytes = message.prompt
         self._prompt: list[int] | None = None
         self._remaining_s = remaining_s
-        self._note = note
+        self.notes: dict[str, str] = {}
+        """What the script noted of its choices."""
 
     @property
     def prompt(self) -> list[int]:
@@ -46,7 +46,7 @@ class Request:
 
     def note(self, **why: Any) -> None:
         """Put the reasons of a choice into the request's trace."""
-        self._note({key: str(value) for key, value in why.items()})
+        self.notes.update({key: str(value) for key, value in why.items()})
 
     def bound(self, value: int | None, *, default: int) -> int:
         """Return a bound of a range as a token position: negative counts from the end. Raises BadRange."""

@@ -34,6 +34,7 @@ class PrepRecvCall:
         self._message = message
         self._is_abandoned = False
         self._kv: Reserved | None = None
+        self._answered_s = 0.0
 
     def __await__(self) -> Generator[Any, None, Reserved]:
         return self._reserve().__await__()
@@ -50,12 +51,13 @@ class PrepRecvCall:
         with self._attempt.call("prep_recv", self._entry, keeps_place=True) as span:
             manager = self._attempt.manager_of(self._entry)
             # A task of its own: cancelling an ask whose answer is under way would leak the reservation in it.
-            task = self._attempt.spawn(self._ask(manager))
+            task = self._attempt.spawn(self._ask(manager, self._attempt.node.clock.now()))
             try:
                 outcome: Reserved | BusError = await asyncio.shield(task)
             except asyncio.CancelledError:
                 self._abandon(task)
                 raise
+            self._attempt.note_turn(self._answered_s)
             if isinstance(outcome, BusError):
                 raise outcome
             span.facts = {"num_reused_tokens": outcome.num_cached_tokens}
@@ -70,11 +72,14 @@ class PrepRecvCall:
         elif not task.cancelled() and isinstance(outcome := task.result(), Reserved):
             self._attempt.took(outcome.addr)
 
-    async def _ask(self, manager: Ref) -> Reserved | BusError:
+    async def _ask(self, manager: Ref, spawned_s: float) -> Reserved | BusError:
+        self._attempt.note_turn(spawned_s)
         try:
             reply = await manager.ask(self._message, timeout=self._attempt.request.deadline)
         except BusError as error:
             return error
+        finally:
+            self._answered_s = self._attempt.node.clock.now()
         if self._is_abandoned:
             await self._attempt.spawn_detached(self._attempt.send_release(reply.kv))
         return Reserved(reply.kv, reply.begin, reply.end, reply.num_cached_tokens)

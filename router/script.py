@@ -22,6 +22,8 @@ from callboard.actors.protocol import Token
 from .errors import ScriptError
 
 SHIPPED = Path(__file__).parent / "scripts"
+MOST_SHOWN = 200
+"""Characters of the options that a record keeps."""
 EXAMPLE = "async def route(request: Request, fleet: Fleet, *, ratio: float = 0.2):"
 
 
@@ -36,6 +38,11 @@ class Script:
     options: dict[str, Any]
     """All options, defaults included, as their types."""
     route: Callable[..., AsyncGenerator[Token, None]]
+
+    @property
+    def shown_options(self) -> str:
+        """The options as JSON, for people."""
+        return msgspec.json.encode(self.options, enc_hook=str).decode()[:MOST_SHOWN]
 
 
 def shipped_scripts() -> list[str]:

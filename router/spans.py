@@ -18,43 +18,26 @@ def request_of(request_id: str) -> str:
     return stem if dot and index.isdigit() else request_id
 
 
-class RequestRecord:
-    """What is kept of one request."""
-
-    def __init__(self) -> None:
-        self.sub_requests: deque[SubRequest] = deque(maxlen=NUM_PER_REQUEST)
-        self.notes: dict[str, str] = {}
-
-
 class Spans:
-    """Sub-requests and notes by request, the oldest request dropped first."""
+    """Sub-requests by request, the oldest request dropped first."""
 
     def __init__(self, num_requests: int = NUM_REQUESTS) -> None:
         self._num_requests = num_requests
-        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
+        self._records: OrderedDict[str, deque[SubRequest]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._records)
 
     def add(self, sub_request: SubRequest) -> None:
         """Keep one."""
-        self._record(sub_request.request_id).sub_requests.append(sub_request)
-
-    def note(self, request_id: str, why: dict[str, str]) -> None:
-        """Keep the reasons of a choice."""
-        self._record(request_id).notes.update(why)
-
-    def notes(self, request_id: str) -> dict[str, str]:
-        """Return what was noted of a request."""
-        record = self._records.get(request_of(request_id))
-        return dict(record.notes) if record is not None else {}
+        self._record(sub_request.request_id).append(sub_request)
 
     def of_request(self, request_id: str) -> tuple[SubRequest, ...]:
         """Return those of all sequences of a request (``ID``), or of one of its later sequences (``ID.1``)."""
         record = self._records.get(request_of(request_id))
         if record is None:
             return ()
-        wanted = (s for s in record.sub_requests if request_id in (s.request_id, request_of(s.request_id)))
+        wanted = (s for s in record if request_id in (s.request_id, request_of(s.request_id)))
         return tuple(sorted(wanted, key=lambda s: s.start_s))
 
     def of_last(self, limit: int) -> tuple[SubRequest, ...]:
@@ -67,11 +50,11 @@ class Spans:
             last[:0] = found
         return tuple(last)
 
-    def _record(self, request_id: str) -> RequestRecord:
+    def _record(self, request_id: str) -> deque[SubRequest]:
         key = request_of(request_id)
         record = self._records.get(key)
         if record is None:
-            record = self._records[key] = RequestRecord()
+            record = self._records[key] = deque(maxlen=NUM_PER_REQUEST)
             if len(self._records) > self._num_requests:
                 self._records.popitem(last=False)
         return record

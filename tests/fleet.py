@@ -21,6 +21,8 @@ from callboard.actors.protocol import (
     Token,
     Usage,
 )
+from callboard.actors.trace_protocol import TRACER
+from callboard.actors.tracer import Tracer
 from callboard.bus import Clock, Node, Ref
 from callboard.bus.transports.inproc import InprocHub
 from callboard.kv.layout import KvLayout
@@ -45,6 +47,7 @@ class Fleet:
         self.nodes: dict[str, Node] = {}
         self.actors: dict[str, Actor] = {}
         self.managers: dict[str, Ref] = {}
+        self.tracers: dict[str, Tracer] = {}
         self.client: Node
         self.router: Ref
         self._num_requests = 0
@@ -59,6 +62,9 @@ class Fleet:
             seed=self.seed,
         )
         self.nodes[name] = await self.stack.enter_async_context(node)
+        self.tracers[name] = Tracer()
+        await start_actor(node, TRACER, self.tracers[name])
+        self.stack.push_async_callback(stop_actor, self.tracers[name])
         return node
 
     async def start(self, node: Node, name: str, actor: Actor, directory: Ref | None) -> Ref:

@@ -15,8 +15,36 @@ R = TypeVar("R")
 TIMEOUT_S = 3.0
 
 
+def visitor(fleet: RunningFleet) -> Node:
+    """Return a node for a visit to the fleet's bus: it dials, and cannot be dialled. Raises CliError for its keys."""
+    # Two of one name would break each other's links, and other machines and containers have processes of this number.
+    name = f"callboard-{os.getpid()}-{os.urandom(4).hex()}"
+    return Node(name, fleet=fleet.state.name, keys=fleet.keys())
+
+
+def why_not(fleet: RunningFleet, error: BusError) -> CliError:
+    """Return what to tell who could not ask the fleet's directory."""
+    name, text = fleet.state.name, str(error)
+    if KEY_REFUSED in text:
+        return CliError(fleet.why_refused())
+    if not fleet.is_remote:
+        return CliError(f'the directory of fleet "{name}" does not answer ({text}): see callboard ps {name}')
+    at = fleet.state.directory.endpoint
+    if "nobody listens" in text:
+        return CliError(f"nobody listens at {at}: is the fleet up, and is that the address of its bus?")
+    if "there it takes keys" in text:
+        return CliError(fleet.why_refused())
+    if "the handshake failed" in text:
+        if fleet.keys_folder is None:
+            return CliError(fleet.why_refused())
+        return CliError(f"the handshake with {at} failed: it is no bus of a fleet with keys")
+    if "is not" in text and "fleet " in text:
+        return CliError(f'the fleet at {at} is not named "{name}": give its name, as in NAME@{at}')
+    return CliError(f'there is no fleet "{name}" at {at} ({text})')
+
+
 async def _ask(fleet: RunningFleet, address: Address, message: Ask[R], timeout: float) -> R:
-    async with Node(f"callboard-{os.getpid()}", fleet=fleet.state.name, keys=fleet.keys()) as node:
+    async with visitor(fleet) as node:
         return await node.ref(address).ask(message, timeout=timeout)
 
 

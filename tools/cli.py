@@ -8,14 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import observe_commands
 from .errors import CliError
+from .replay import commands as replay_commands
+from .trace import commands as trace_commands
 
 OVERVIEW = """\
 examples:
   callboard up                       start the embedded model: one prefill and one decode engine
   callboard chat "Who are you?"      ask it
   callboard requests                 see that request's prep_recv, remote_send, start_generate
+  callboard trace                    watch them as they happen
   callboard ps                       who is there, and how busy
+  callboard top                      the same live, with rates and latencies
   callboard down                     stop it
 
 Every command says more with --help. With exactly one fleet running, its name may be left out.
@@ -56,10 +61,14 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--name", metavar="NAME", help="the fleet's name instead of the file's")
     up.add_argument("--events-fd", type=int, help=argparse.SUPPRESS)
 
-    ps = command("ps", "show who is in a running fleet", "callboard ps\ncallboard ps demo --json", "ps:run")
-    ps.add_argument("fleet", nargs="?", metavar="FLEET", help="its name; without one, every fleet that runs")
-    ps.add_argument("--json", action="store_true", help="print JSON")
+    examples = "callboard ps\ncallboard ps demo --wide\ncallboard ps demo@tcp://10.0.0.1:7000 --keys keys --json"
+    ps = command("ps", "show who is in a running fleet, and how busy", examples, "ps:run")
+    ps.add_argument("fleet", nargs="?", metavar="FLEET", help="its name or address; without one, every fleet that runs")
+    ps.add_argument("--wide", action="store_true", help="also process ids, devices and addresses")
+    ps.add_argument("--json", action="store_true", help="print all of it as JSON")
     _keys_option(ps)
+
+    observe_commands.add(command)
 
     chat = command(
         "chat",
@@ -89,14 +98,27 @@ def parser() -> argparse.ArgumentParser:
     requests.add_argument("--json", action="store_true", help="print JSON")
     _keys_option(requests)
 
+    trace_commands.add(command)
+    replay_commands.add(command)
+
     logs = command(
         "logs",
-        "print the log of one process of a fleet, or list them",
-        "callboard logs\ncallboard logs decode -f",
+        "print what the processes of a fleet have logged, by time",
+        "callboard logs\ncallboard logs decode -f\ncallboard logs --level warning --tail 20\n"
+        "callboard logs --request cmpl-4f1d22c0a9e34b11 --json\n"
+        "callboard logs --failed              of the last fleet that failed",
         "logs:run",
     )
-    logs.add_argument("name", nargs="?", metavar="NAME", help="such as control, prefill, kv-cpu0; without one, a list")
+    logs.add_argument("name", nargs="*", metavar="NAME", help="such as control, prefill, kv-cpu0; by default, all")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
+    logs.add_argument("-n", "--tail", type=_count, metavar="N", help="only the last N lines of what is there")
+    logs.add_argument(
+        "--level", choices=("debug", "info", "warning", "error"), help="only lines of at least this level"
+    )
+    logs.add_argument("--request", metavar="ID", help="only what belongs to this request")
+    logs.add_argument("--json", action="store_true", help="print the lines as they are, JSON")
+    logs.add_argument("--list", action="store_true", help="print whose logs there are")
+    logs.add_argument("--failed", action="store_true", help="of the last fleet (of that name) that failed")
     _fleet_option(logs)
 
     down = command("down", "stop a fleet in order", "callboard down\ncallboard down demo", "down:run")
@@ -139,6 +161,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f'"{text}" is no number: give for example 0.7')
     return number
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f'"{text}" is no number of lines: give for example 20')
+    return int(text)
 
 
 def _fleet_option(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .down import stop_fleet
 from .errors import CliError
+from .log_lines import last_lines
 from .requests import parts_of, print_parts
 from .running import RunningFleet, running_fleets
 from .up import start_detached
@@ -46,7 +47,7 @@ def _show(fleet: RunningFleet) -> None:
 
 def _print_logs(fleet: RunningFleet) -> None:
     for path in sorted(fleet.logs.glob("*.log")):
-        lines = path.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
+        lines = last_lines(path, TAIL_LINES)
         if lines:
             print(f"--- {path.name}", *lines, sep="\n", file=sys.stderr)
 

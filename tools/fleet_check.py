@@ -11,7 +11,6 @@ from callboard.actors.embedded_model import ModelMissing, locate
 from callboard.bus.keys import read_secret
 from callboard.router.errors import ScriptError
 from callboard.router.script import SHIPPED, load_script, shipped_scripts
-from callboard.router.spans import NUM_REQUESTS
 
 from .api_keys import read_api_keys
 from .endpoints import IPC, needs_keys, split_bus
@@ -23,6 +22,7 @@ from .units import parse_duration, parse_size
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 NAME_RULE = 'use letters, digits, ".", "-" and "_", at most 40'
 LEAST_SILENT_S = 0.5
+MOST_KEPT = 100_000
 RESERVED = ("control", "directory", "frontend", "launcher")
 
 
@@ -234,5 +234,5 @@ def _actors(file: FleetFile) -> Iterator[Problem]:
 
 
 def _trace(file: FleetFile) -> Iterator[Problem]:
-    if file.fleet.trace.keep != NUM_REQUESTS:
-        yield Problem(("trace", "keep"), f"this version keeps the last {NUM_REQUESTS} requests: remove keep")
+    if not 1 <= file.fleet.trace.keep <= MOST_KEPT:
+        yield Problem(("trace", "keep"), f"a node can remember 1 to {MOST_KEPT} requests: write for example 1000")

@@ -102,9 +102,16 @@ class UserActor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many requests' records stay inspectable."""
+    """How many requests' records every node remembers, and whether a recording may hold prompts or their hashes."""
 
     keep: int = 1000
+    prompts: Literal["hashed", "full"] = "hashed"
+
+
+class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the nodes write into their logs. A request that goes well writes nothing at "info"."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +126,7 @@ class Fleet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     router: tuple[Router, ...] = ()
     actor: tuple[UserActor, ...] = ()
     trace: Trace = Trace()
+    log: Log = Log()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +253,7 @@ def _check_tables(value: Any, hint: Any, path: KeyPath, problems: list[Problem])
         _check_table(item, get_args(hint)[0], (*path, index), problems)
 
 
-_NOT_YET = {"verify", "tiers", "prompts"}
+_NOT_YET = {"verify", "tiers"}
 
 
 def _unknown(key: str, fields: dict[str, Any], path: KeyPath) -> str:

@@ -1,6 +1,7 @@
 """The launcher: brings one fleet up, keeps it up until a signal, and takes it down; nothing of it stays behind."""
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from callboard.actors.kept_logs import keep_logs
+from callboard.actors.logs import log_to
 from callboard.actors.run_dir import remove_run_dir
 from callboard.actors.supervisor import NodeFailed, NodeState, Supervisor
 from callboard.bus import Address
@@ -21,6 +24,8 @@ from .endpoints import CONTROL, Endpoints
 from .errors import CliError, StartFailed
 from .fleet_check import keys_of
 from .fleet_file import FleetFile
+from .kept_logs import kept_at
+from .log_lines import last_lines
 from .machine import allowed_cores, available_memory, claim_port, split_address, total_memory
 from .models import resolve_models
 from .plan import Machine, Plan, Planner
@@ -28,6 +33,9 @@ from .progress import Event, Show, Started
 from .running import FleetState, cache_dir, claim_run_dir, write_state
 from .units import format_size
 
+log = logging.getLogger("callboard.launcher")
+
+LOG = "launcher.log"
 HEALTH_S = 60.0
 STOPPED_BY_SIGNAL = 0
 TAIL_LINES = 15
@@ -69,19 +77,46 @@ class Launcher:
     async def _live(self) -> int:
         name = self._file.fleet.name
         self._folder, lock = await claim_run_dir(name)
+        fd = self._log_to_file()
         try:
-            if self._is_detached:
-                self._log_to_file()
             return await self._serve(lock)
+        except StartFailed as error:
+            log.error("%s", error)
+            raise StartFailed(f"{error}{self._where_logs_are(str(error))}") from None
+        except Exception:
+            log.exception("the launcher failed")
+            raise
         finally:
+            if self._has_failed():
+                keep_logs(self._folder / "logs", kept_at(name))
+            logging.getLogger().handlers.clear()
+            os.close(fd)
             remove_run_dir(self._folder)
             os.close(lock)
 
-    def _log_to_file(self) -> None:
-        fd = os.open(self._folder / "logs" / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
+    def _log_to_file(self) -> int:
+        """Begin the launcher's own log, return its descriptor; a daemon has no other place for its words."""
+        path = self._folder / "logs" / LOG
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log_to(fd, path, node="launcher", level=self._file.fleet.log.level)
+        if self._is_detached:
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+        return fd
+
+    def _has_failed(self) -> bool:
+        """Return whether somebody may ask for the logs of what a process did."""
+        is_failing = sys.exc_info()[0] not in (None, asyncio.CancelledError)
+        states = {} if self._supervisor is None else self._supervisor.states
+        logs = [path for path in (self._folder / "logs").glob("*.log") if path.name != LOG and path.stat().st_size]
+        return bool(logs) and (is_failing or any(state.state == "failed" for state in states.values()))
+
+    def _where_logs_are(self, sentence: str) -> str:
+        """Return what to add to the sentence of a failure; nothing if no process had begun."""
+        if not self._has_failed():
+            return ""
+        end = "\n" if "\n" in sentence else "; "
+        return f"{end}its logs are kept: callboard logs --failed --fleet {self._file.fleet.name}"
 
     async def _serve(self, lock: int) -> int:
         with Endpoints(self._file.fleet.listen.bus, self._folder) as endpoints:
@@ -110,6 +145,7 @@ class Launcher:
                 await self._wait_until_healthy(plan.url, supervisor)
             self._write(state="ready")
             api_keys = self._file.fleet.listen.api_keys
+            log.info("the fleet is up")
             started = Started(name, pid, plan.url, plan.models, self._is_detached, api_keys)
             self._show(Event("ready", started=started))
             await supervisor.fatal.wait()
@@ -118,6 +154,7 @@ class Launcher:
             raise StartFailed(str(error) + ("" if error.has_said_why else self._tail(error.name))) from None
         finally:
             self._write(state="stopping")
+            log.info("stopping")
             self._show(Event("step", "stopping"))
             await supervisor.stop()
 
@@ -144,6 +181,7 @@ class Launcher:
             keys=keys,
         ).plan()
         for warning in plan.warnings:
+            log.warning("%s", warning)
             self._show(Event("warning", warning))
         check_memory(plan, available_memory())
         return plan
@@ -174,13 +212,13 @@ class Launcher:
         return StartFailed(f"{name} failed too often ({sentence}), so the fleet was stopped{self._tail(name)}")
 
     def _tail(self, node: str) -> str:
-        try:
-            lines = (self._folder / "logs" / f"{node}.log").read_text(errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return "".join(f"\n  | {line}" for line in lines[-TAIL_LINES:])
+        lines = last_lines(self._folder / "logs" / f"{node}.log", TAIL_LINES)
+        return "".join(f"\n  | {line}" for line in lines)
 
     def _on_change(self, state: NodeState) -> None:
+        levels = {"restarting": logging.WARNING, "failed": logging.WARNING, "starting": logging.DEBUG}
+        level = {**levels, "loading": logging.DEBUG}.get(state.state, logging.INFO)
+        log.log(level, "%s is %s%s", state.name, state.state, f": {state.detail}" if state.detail else "")
         self._show(Event("node", node=state))
         assert self._supervisor is not None
         self._write(nodes=tuple(self._supervisor.states[name] for name in sorted(self._supervisor.states)))

@@ -1,43 +1,86 @@
-"""``callboard logs``: what a process of a running fleet wrote."""
+"""``callboard logs``: what the processes of a fleet have written, of one that runs, or of the last that failed."""
 
 import argparse
+import os
 import sys
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from .errors import CliError
-from .running import RunningFleet, find_fleet
+from .kept_logs import find_kept
+from .log_lines import LogFile, LogLine, Printer, chooser, merged
+from .running import find_fleet
 
 POLL_S = 0.2
 
+Write = Callable[[LogLine], None]
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the logs, or print one, or follow it until the fleet ends."""
-    fleet = find_fleet(arguments.fleet)
-    names = sorted(path.stem for path in fleet.logs.glob("*.log"))
-    if arguments.name is None:
-        print("\n".join(names))
+    """Print the logs of a fleet, or follow them until it ends; or list them."""
+    if arguments.failed:
+        folder = find_kept(arguments.fleet)
+        name = folder.name
+    else:
+        fleet = find_fleet(arguments.fleet)
+        folder, name = fleet.logs, fleet.state.name
+    known = names_in(folder)
+    for wanted in arguments.name:
+        if wanted not in known:
+            raise CliError(f'fleet "{name}" has no log "{wanted}"; there are {", ".join(known)}')
+    if arguments.list:
+        print("\n".join(known))
         return 0
-    if arguments.name not in names:
-        raise CliError(f'fleet "{fleet.state.name}" has no log "{arguments.name}"; there are {", ".join(names)}')
-    path = fleet.logs / f"{arguments.name}.log"
-    with path.open("rb") as file:
-        _copy(file)
-        if arguments.follow:
-            _follow(file, path, fleet)
+    chosen = list(dict.fromkeys(arguments.name))
+    is_wanted = chooser(level=arguments.level, request_id=arguments.request)
+    write = _json_writer() if arguments.json else _text_writer(chosen or known)
+    files = {each: LogFile(folder / f"{each}.log") for each in chosen or known}
+    lines: Iterable[LogLine] = filter(is_wanted, merged(files.values(), is_final=not arguments.follow))
+    for line in deque(lines, arguments.tail) if arguments.tail is not None else lines:
+        write(line)
+    sys.stdout.flush()
+    if arguments.follow and not arguments.failed:
+        _follow(folder, files, write, is_wanted, is_all=not chosen)
+        print(f"fleet {name} has ended", file=sys.stderr)
     return 0
 
 
-def _copy(file: BinaryIO) -> None:
-    while piece := file.read(1 << 16):
-        sys.stdout.write(piece.decode(errors="replace"))
-    sys.stdout.flush()
+def names_in(folder: Path) -> list[str]:
+    """Return who has a log there."""
+    return sorted(path.stem for path in folder.glob("*.log"))
 
 
-def _follow(file: BinaryIO, path: Path, fleet: RunningFleet) -> None:
+def _follow(
+    folder: Path, files: dict[str, LogFile], write: Write, is_wanted: Callable[[LogLine], bool], *, is_all: bool
+) -> None:
+    """Print what is added, also by processes that come later if ``is_all``, until the fleet ends."""
     pause = threading.Event()
-    while path.exists():
+    is_there = True
+    while is_there:
         pause.wait(POLL_S)
-        _copy(file)
-    print(f"fleet {fleet.state.name} has ended", file=sys.stderr)
+        is_there = folder.exists()
+        for name in names_in(folder) if is_all else ():
+            files.setdefault(name, LogFile(folder / f"{name}.log"))
+        for line in filter(is_wanted, merged(files.values(), is_final=not is_there)):
+            write(line)
+        sys.stdout.flush()
+
+
+def _text_writer(names: list[str]) -> Write:
+    # One node's name on every line says nothing.
+    width = max(map(len, names), default=0) if len(names) > 1 else 0
+    has_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    printer = Printer(width=width, has_color=has_color)
+    return lambda line: print(printer(line))
+
+
+def _json_writer() -> Write:
+    out = sys.stdout.buffer
+
+    def write(line: LogLine) -> None:
+        out.write(line.as_json() + b"\n")
+        out.flush()
+
+    return write

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from callboard.actors.model_config import ModelConfigError, ModelFacts, layout_of, read_model_config
-from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
+from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy, TraceSpec
 from callboard.bus import Address
 from callboard.bus.private import why_open
 from callboard.kv.layout import DTYPE_BYTES
@@ -17,6 +17,7 @@ from .api_keys import read_api_keys
 from .endpoints import CONTROL, IPC, Endpoints
 from .fleet_check import engine_names, manager_name, model_of, script_path
 from .fleet_file import Engine, FleetFile, Problem, Restart, Router
+from .kept_logs import kept_at
 from .machine import split_address
 from .units import format_size, parse_duration, parse_size
 
@@ -146,6 +147,8 @@ class Planner:
             keys=self.keys,
             dies_with_launcher=dies,
             silent_s=parse_duration(self.fleet.listen.silent),
+            log_level=self.fleet.log.level,
+            trace=TraceSpec(self.fleet.trace.keep, self.fleet.trace.prompts),
             **options,
         )
 
@@ -268,7 +271,10 @@ class Planner:
         actors += [self._router(router) for router in routers]
         if self.fleet.engine:
             actors.append(self._frontend(routers[0].name))
-        return self._node(CONTROL, "control", *actors, removes=str(self.run_dir), is_essential=True)
+        keeps = str(kept_at(self.fleet.name))
+        return self._node(
+            CONTROL, "control", *actors, removes=str(self.run_dir), keeps_logs_at=keeps, is_essential=True
+        )
 
     def _routers(self) -> tuple[Router, ...]:
         if self.fleet.router or not self.fleet.engine:
@@ -285,6 +291,7 @@ class Planner:
             "options": router.options,
             "deadline_s": parse_duration(router.deadline),
             "max_queue": router.max_queue,
+            "keep": self.fleet.trace.keep,
         }
         return ActorSpec(router.name, "callboard.router.actor:RouterActor", config)
 

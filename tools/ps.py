@@ -2,16 +2,22 @@
 
 import argparse
 import sys
+import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from callboard.actors.protocol import Entry
+from callboard.actors.protocol import Counters, Entry
 from callboard.actors.supervisor import NodeState
 from callboard.bus import BusError
 
-from .bus_client import list_entries
+from .bus_client import list_entries, why_not
 from .errors import CliError
-from .running import RunningFleet, find_fleet, running_fleets
+from .running import RunningFleet, open_fleet, running_fleets
+from .units import format_span
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDTH = 500
 """Wider than any table: a terminal wraps a long line, and no cell is cut off."""
@@ -35,6 +41,36 @@ class Row(msgspec.Struct, frozen=True):
     detail: str
     num_strangers: int | None = None
     """Connections that its node turned away, because they did not show the fleet's keys."""
+    node: str = ""
+    device: str = ""
+    manager: str = ""
+    """The KV manager of an engine."""
+    uptime_s: float | None = None
+    used_blocks: int | None = None
+    cached_blocks: int | None = None
+    quarantined_blocks: int | None = None
+    lanes: str = ""
+    """A KV manager's ways to others, as in ``kv-cpu1: shm``; there is one once something has been sent."""
+    script: str = ""
+    version: str = ""
+    prefill_tps: float | None = None
+    decode_tps: float | None = None
+    counters: Counters | None = None
+
+    @property
+    def role(self) -> str:
+        """What it is, for people; an engine without roles of its own takes both."""
+        roles = "" if len(self.roles) != 1 else f" ({self.roles[0]})"
+        return self.kind.replace("_", " ") + roles
+
+    @property
+    def more(self) -> str:
+        """What there is to say of its kind alone."""
+        if self.kind == "router":
+            return f"{self.script} {self.version}"
+        if self.kind == "engine":
+            return self.manager
+        return self.lanes
 
 
 class FleetRows(msgspec.Struct, frozen=True):
@@ -54,7 +90,7 @@ class FleetRows(msgspec.Struct, frozen=True):
 def run(arguments: argparse.Namespace) -> int:
     """Print one fleet, or all that run."""
     keys = arguments.keys
-    fleets = running_fleets(keys=keys) if arguments.fleet is None else [find_fleet(arguments.fleet, keys=keys)]
+    fleets = running_fleets(keys=keys) if arguments.fleet is None else [open_fleet(arguments.fleet, keys=keys)]
     found = [look_at(fleet) for fleet in fleets]
     exit_code = 1 if any(fleet.lacks_key for fleet in found) else 0
     if arguments.json:
@@ -63,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         print('No fleet is running: start one with "callboard up".')
     for fleet in found:
-        _print(fleet)
+        _print(fleet, is_wide=arguments.wide)
         if fleet.problem is not None:
             print(fleet.problem, file=sys.stderr)
     return exit_code
@@ -76,11 +112,15 @@ def look_at(fleet: RunningFleet) -> FleetRows:
     try:
         entries = list_entries(fleet)
     except BusError as error:
+        if fleet.is_remote:
+            raise why_not(fleet, error) from None
         problem = f"the directory does not answer ({error}); this is what the launcher knows"
     except CliError as error:
+        if fleet.is_remote:
+            raise
         problem, lacks_key = f"{error}; this is what the launcher knows", True
-    nodes = {node.name: node for node in state.nodes}
-    rows = [_row(entry, nodes.get(entry.address.node)) for entry in entries]
+    nodes, now = {node.name: node for node in state.nodes}, time.time()
+    rows = [_row(entry, nodes.get(entry.address.node), now) for entry in entries]
     present = {entry.address.node for entry in entries}
     rows += [_absent(node) for node in state.nodes if node.name not in present]
     return FleetRows(
@@ -88,9 +128,10 @@ def look_at(fleet: RunningFleet) -> FleetRows:
     )
 
 
-def _row(entry: Entry, node: NodeState | None) -> Row:
+def _row(entry: Entry, node: NodeState | None, now: float) -> Row:
     has_queue, has_pool = entry.kind == "engine", entry.load.num_blocks > 0
     is_ready = node is None or node.state == "ready"
+    load, detail = entry.load, entry.detail
     return Row(
         entry.name,
         entry.kind,
@@ -99,13 +140,26 @@ def _row(entry: Entry, node: NodeState | None) -> Row:
         entry.state if is_ready or node is None else node.state,
         entry.pid or (node.pid if node else 0),
         node.num_restarts if node else 0,
-        entry.load.num_running if has_queue else None,
-        entry.load.num_waiting if has_queue else None,
-        entry.load.free_blocks if has_pool else None,
-        entry.load.num_blocks if has_pool else None,
+        load.num_running if has_queue else None,
+        load.num_waiting if has_queue else None,
+        load.free_blocks if has_pool else None,
+        load.num_blocks if has_pool else None,
         f"{entry.address.endpoint}#{entry.address.actor}",
         node.detail if node and not is_ready else "",
         entry.num_strangers,
+        node=entry.address.node,
+        device=entry.device,
+        manager=entry.manager.actor if entry.manager else "",
+        uptime_s=max(0.0, round(now - entry.started, 3)) if entry.started else None,
+        used_blocks=load.num_blocks - load.free_blocks if has_pool else None,
+        cached_blocks=load.cached_blocks if has_pool else None,
+        quarantined_blocks=load.quarantined_blocks if entry.kind == "kv_manager" else None,
+        lanes=detail.get("lanes", ""),
+        script=detail.get("script", ""),
+        version=detail.get("version", ""),
+        prefill_tps=load.prefill_tps if has_queue else None,
+        decode_tps=load.decode_tps if has_queue else None,
+        counters=entry.counters if entry.kind in ("engine", "kv_manager") else None,
     )
 
 
@@ -114,37 +168,23 @@ def _absent(node: NodeState) -> Row:
     return Row(
         *(node.name, kind, (), "", node.state, node.pid, node.num_restarts),
         *(nothing, nothing, nothing, nothing, "", node.detail),
+        node=node.name,
     )
 
 
-def _print(fleet: FleetRows) -> None:
+def _print(fleet: FleetRows, *, is_wide: bool) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     console = Console(highlight=False, width=WIDTH)
     where = f" at {fleet.url}/v1" if fleet.url else ""
     console.print(f"Fleet {fleet.name}: {fleet.state}{where}", markup=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("NAME", "KIND", "ROLES", "MODEL", "STATE", "PID", "LOAD", "BLOCKS", "ADDRESS"):
-        table.add_column(title, justify="right" if title in ("PID", "LOAD", "BLOCKS") else "left", no_wrap=True)
+    console.print(_table(fleet, is_wide=is_wide))
+    if any(row.num_blocks for row in fleet.actors):
+        what = "LOAD: sequences running/waiting. USED, CACHED: of all KV BLOCKS; cached ones can be had."
+        console.print(what, style="dim")
     for row in fleet.actors:
-        state = row.state + (f" ({row.num_restarts} restart{'s' * (row.num_restarts > 1)})" if row.num_restarts else "")
-        color = "green" if row.state == "ready" else "red" if row.state == "failed" else "yellow"
-        table.add_row(
-            row.name,
-            row.kind,
-            "+".join(row.roles),
-            escape(row.model),
-            f"[{color}]{state}[/]",
-            str(row.pid or ""),
-            "" if row.num_running is None else f"{row.num_running}/{row.num_waiting}",
-            "" if row.num_blocks is None else f"{row.free_blocks}/{row.num_blocks}",
-            row.address,
-        )
-    console.print(table)
-    console.print("LOAD is running/waiting, BLOCKS is free/total.", style="dim")
-    for row in fleet.actors:
+        if row.quarantined_blocks:
+            console.print(f"{row.name}: {row.quarantined_blocks} of the used blocks are quarantined", markup=False)
         if row.detail:
             console.print(f"{row.name}: {row.detail}", markup=False)
     for pid in dict.fromkeys(row.pid for row in fleet.actors if row.num_strangers):
@@ -152,3 +192,32 @@ def _print(fleet: FleetRows) -> None:
         names, num = ", ".join(row.name for row in rows), max(row.num_strangers or 0 for row in rows)
         were = "connection without the fleet's keys was" if num == 1 else "connections without the fleet's keys were"
         console.print(f"{names}: {num} {were} turned away", markup=False)
+
+
+def _table(fleet: FleetRows, *, is_wide: bool) -> "Table":
+    """Return the table of the actors; 120 columns hold it unless names are long. ``is_wide`` adds to it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    titles = ["NAME", "ROLE", "MODEL", "STATE", "UP", "LOAD", "USED", "CACHED", "BLOCKS", "WITH"]
+    for title in [*titles, *(["PID", "DEVICE", "ADDRESS"] if is_wide else [])]:
+        is_number = title in ("UP", "LOAD", "USED", "CACHED", "BLOCKS", "PID")
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=True)
+    for row in fleet.actors:
+        restarts = f" ({row.num_restarts} restart{'s' * (row.num_restarts > 1)})" if row.num_restarts else ""
+        color = "green" if row.state == "ready" else "red" if row.state == "failed" else "yellow"
+        has_pool = row.kind == "kv_manager" and row.num_blocks is not None
+        numbers = (row.used_blocks, row.cached_blocks, row.num_blocks) if has_pool else ("", "", "")
+        table.add_row(
+            escape(row.name),
+            row.role,
+            escape(row.model),
+            f"[{color}]{row.state}{restarts}[/]",
+            "" if row.uptime_s is None else format_span(row.uptime_s),
+            "" if row.num_running is None else f"{row.num_running}/{row.num_waiting}",
+            *map(str, numbers),
+            escape(row.more),
+            *([str(row.pid or ""), row.device, escape(row.address)] if is_wide else []),
+        )
+    return table

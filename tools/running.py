@@ -5,23 +5,29 @@ A fleet is found by its name: ``$XDG_RUNTIME_DIR/callboard/NAME``, or ``/tmp/cal
 
 import asyncio
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from callboard.actors.kept_logs import keep_logs
 from callboard.actors.run_dir import clear_run_dir, is_locked, remove_run_dir, try_lock
 from callboard.actors.supervisor import NodeState
 from callboard.bus import Address
 from callboard.bus.liveness import process_start
 
+from .endpoints import CONTROL
 from .errors import CliError, FleetRuns, NoSuchFleet
+from .kept_logs import kept_at
 
 if TYPE_CHECKING:
     from callboard.bus.keys import FleetKeys
 
 STATE = "state.json"
+DEFAULT_NAME = "default"
+_ADDRESS = re.compile(r"((?P<name>[^@]+)@)?(?P<endpoint>tcp://([^/\[\]:]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5}))")
 LINGER_S = 15.0
 """How long the processes of a killed launcher may take to end."""
 
@@ -50,6 +56,8 @@ class RunningFleet:
     state: FleetState
     keys_folder: Path | None = None
     """Where this command was told to look for the fleet's keys, if it was."""
+    is_remote: bool = False
+    """It was given by its address: there is no run directory, and nothing is known but the directory's address."""
 
     @property
     def logs(self) -> Path:
@@ -79,6 +87,11 @@ class RunningFleet:
     def why_refused(self) -> str:
         """Return why the fleet takes another key than ``keys``, and what to do."""
         name = self.state.name
+        if self.is_remote:
+            at = self.state.directory.endpoint
+            if self.keys_folder is None:
+                return f"the fleet at {at} wants its keys: name their directory with --keys DIR"
+            return f'the key in {self.keys_folder} is not that of a fleet "{name}" at {at}: both must be right'
         if self.state.keys is None:
             return f'fleet "{name}" runs without keys: leave --keys out'
         return (
@@ -132,6 +145,7 @@ def running_fleets(*, keys: str | None = None) -> list[RunningFleet]:
         if (state := read_state(folder)) is not None:
             found.append(RunningFleet(folder, state, keys_folder))
         elif (lock := try_lock(folder)) is not None:
+            keep_logs(folder / "logs", kept_at(folder.name))
             remove_run_dir(folder)
             os.close(lock)
     return found
@@ -154,6 +168,22 @@ def find_fleet(name: str | None, *, keys: str | None = None) -> RunningFleet:
     raise NoSuchFleet(f'no fleet "{name}" is running; running: {names}')
 
 
+def open_fleet(where: str | None, *, keys: str | None = None) -> RunningFleet:
+    """Return the fleet of that name, or at ``NAME@tcp://HOST:PORT`` (its directory). Raises NoSuchFleet, CliError.
+
+    An address alone is that of a fleet named "default". Nothing is dialled here.
+    """
+    if where is None or "://" not in where:
+        return find_fleet(where, keys=keys)
+    match = _ADDRESS.fullmatch(where)
+    if match is None or int(match["port"]) > 65535:
+        raise CliError(f'"{where}" is no address of a fleet: write for example "demo@tcp://10.0.0.1:7000"')
+    name = match["name"] or DEFAULT_NAME
+    directory = Address(CONTROL, match["endpoint"], "directory")
+    state = FleetState(name, "at an address", 0, 0, directory)
+    return RunningFleet(Path(), state, None if keys is None else Path(keys).expanduser(), is_remote=True)
+
+
 async def claim_run_dir(name: str) -> tuple[Path, int]:
     """Make the run directory of fleet ``name``, emptied, and return it with its lock. Raises FleetRuns."""
     folder = runtime_root() / name
@@ -161,6 +191,7 @@ async def claim_run_dir(name: str) -> tuple[Path, int]:
     for _ in range(attempts):
         lock = try_lock(folder)
         if lock is not None:
+            keep_logs(folder / "logs", kept_at(name))
             clear_run_dir(folder)
             folder.chmod(0o700)  # It may have been there: sockets lie in it.
             (folder / "logs").mkdir(mode=0o700)

@@ -36,6 +36,26 @@ def parse_duration(text: str | float) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def format_span(seconds: float) -> str:
+    """Return a time that has passed, for people, by its two largest units: ``2d 3h``, ``5m 07s``, ``9s``."""
+    whole = max(0, int(seconds))
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days}d {hours % 24}h"
+    if hours:
+        return f"{hours}h {minutes % 60:02d}m"
+    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def format_count(number: float) -> str:
+    """Return a number in at most five characters: ``87``, ``4.2k``, ``13M``."""
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.0f}{unit}" if not unit or abs(number) >= 99.5 else f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
 def format_size(num_bytes: int) -> str:
     """Return ``num_bytes`` for people: ``1.0 GiB``."""
     size = float(num_bytes)

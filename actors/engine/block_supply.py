@@ -38,14 +38,15 @@ class BlockSupply:
         self._is_refilling = False
         self._refill_again_s = 0.0
 
-    async def admit(self, sequence: Sequence, kv: KvAddr | None) -> None:
+    async def admit(self, sequence: Sequence, kv: KvAddr | None, begin_s: float) -> float:
         """Get a sequence blocks for all its tokens and hand it to the scheduler; wait for them as long as the call.
 
-        Raises OutOfBlocks, StaleReservation, LinkLost; then the sequence holds nothing.
+        It is here since ``begin_s``; returns when it had them, on the node's clock. Raises OutOfBlocks,
+        StaleReservation, LinkLost; then the sequence holds nothing.
         """
+        node, call = self._actor.node, current_call()
         await self._attachment.wait()
         attachment = self._attachment.count
-        call = current_call()
         remaining_s = FOREVER if call is None else call.remaining_s()
         # A little less than the call has, so that the answer is OutOfBlocks and not silence.
         wait_s = min(0.95 * remaining_s, LONGEST_WAIT_S)
@@ -55,6 +56,10 @@ class BlockSupply:
                 self._engine, sequence.sequence_id, pack_tokens(sequence.tokens), kv, wait_s, self._attachment.named
             )
             admitted = await self._manager.ask(message, timeout=remaining_s)
+            admitted_s = node.clock.now()
+            if call is not None:
+                node.note_turn(call, begin_s, "accept", end=call.sent_s)
+                admitted_s = call.heard_s or admitted_s
             if not self._attachment.is_current(attachment):
                 raise LinkLost(f"{self._engine} lost its KV manager")
             sequence.place(admitted.block_table, admitted.num_cached_tokens)
@@ -68,6 +73,7 @@ class BlockSupply:
                 # The answer may have been under way when the caller left: its blocks would be nobody's.
                 self._manager.tell(Finish(self._engine, sequence.sequence_id, b"", b""))
         self._on_change()
+        return admitted_s
 
     def seal(self, sequence: Sequence) -> None:
         """Let others reuse what the sequence has in place."""

@@ -36,3 +36,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: float = 30.0
     """A paused sequence of which nothing is read for so long is ended with Stalled."""
     simulated: Simulation = Simulation()
+
+    def limits(self, max_model_len: int) -> dict[str, str]:
+        """Return what the directory tells of the engine's steps: enough to simulate it elsewhere."""
+        return {
+            "block_size": str(self.block_size),
+            "max_num_batched_tokens": str(self.max_num_batched_tokens),
+            "max_num_seqs": str(self.max_num_seqs),
+            "max_model_len": str(max_model_len),
+        }

@@ -70,6 +70,7 @@ class Engine(Actor):
         self._started = asyncio.Event()
         self._is_stopping = False
         self._free_blocks = 0
+        self._cached_blocks = 0
         self._num_blocks = 0
 
     async def start(self) -> None:
@@ -108,6 +109,7 @@ class Engine(Actor):
             device=config.device,
             manager=config.manager,
             load=self.load(),
+            detail=config.limits(self.scheduler.max_model_len),
         )
         self.registration = Registration(self, entry)
         self.spawn(self._run_steps())
@@ -123,6 +125,7 @@ class Engine(Actor):
     # ---- handlers ------------------------------------------------------------------------------------------------
 
     async def on_start_generate(self, message: StartGenerate) -> AsyncIterator[Token]:
+        begin_s = self.node.clock.now()
         await self._started.wait()
         check_sampling(message.sampling)
         prompt = self.door.check_prompt(message.prompt, is_generating=True)
@@ -135,8 +138,8 @@ class Engine(Actor):
             while True:
                 # First what is there: a reader must not wait for blocks to get tokens that are ready.
                 if generation.needs_admission and not generation.num_unread:
-                    await self._admit(generation, kv)
-                    kv = None
+                    await self._admit(generation, kv, begin_s or self.node.clock.now())
+                    kv, begin_s = None, 0.0
                 item = await generation.read()
                 self._was_read(generation)
                 if isinstance(item, Token):
@@ -147,6 +150,7 @@ class Engine(Actor):
             self._leave(generation)
 
     async def on_compute_kv(self, message: ComputeKv) -> AsyncIterator[LayersDone | KvComputed]:
+        begin_s = self.node.clock.now()
         await self._started.wait()
         tokens = self.door.check_prompt(message.tokens, is_generating=False)
         check_block_table(message.block_table, self._num_blocks)
@@ -159,7 +163,7 @@ class Engine(Actor):
         sequence = Sequence(sequence_id, tokens, None, request_id=message.request_id)
         sequence.place(message.block_table, message.num_cached_tokens)
         generation = self._open(sequence)
-        generation.needs_admission = False
+        generation.admitted(begin_s)
         if sequence.num_uncomputed_tokens:
             self.scheduler.add(sequence)
             self._wake.set()
@@ -193,24 +197,31 @@ class Engine(Actor):
     def _open(self, sequence: Sequence) -> Generation:
         call = current_call()
         assert call is not None, "a stream is served"
-        generation = Generation(sequence, call, now=self.node.clock.now())
+        generation = Generation(sequence, call, self.node, now=self.node.clock.now())
         self._generations[sequence.sequence_id] = generation
         return generation
 
-    async def _admit(self, generation: Generation, kv: KvAddr | None) -> None:
-        """Wait for a place, and for blocks; ends at once when the generation is aborted meanwhile."""
+    async def _admit(self, generation: Generation, kv: KvAddr | None, begin_s: float) -> None:
+        """Wait for a place, and for blocks; ends at once when the generation is aborted meanwhile.
+
+        What needs them has been here since ``begin_s``.
+        """
         async with generation.interruptible():
             # A reservation that waited for a place would keep its blocks from those who have one and wait for blocks.
             if kv is None and not generation.has_place:
+                waits_s, has_to_wait = self.node.clock.now(), self._places.locked()
                 await self._places.acquire()
                 generation.has_place = True
-            await self.supply.admit(generation.sequence, kv)
-        generation.needs_admission = False
+                if has_to_wait:
+                    self.node.note(generation.call, "place", waits_s)
+            admitted_s = await self.supply.admit(generation.sequence, kv, begin_s)
+        generation.admitted(admitted_s)
 
     def _was_read(self, generation: Generation) -> None:
-        generation.read_s = self.node.clock.now()
+        now = generation.read_s = self.node.clock.now()
         if generation.sequence.is_paused and generation.num_unread * 2 <= self.config.max_buffered_tokens:
             generation.sequence.is_paused = False
+            generation.resumed(now)
             self._wake.set()
 
     def _leave(self, generation: Generation) -> None:
@@ -219,13 +230,16 @@ class Engine(Actor):
             generation.has_place = False
             self._places.release()
         self._generations.pop(generation.sequence.sequence_id, None)
+        self.scheduler.counts.ended(generation.sequence, generation.outcome)
         self.scheduler.abort(generation.sequence.sequence_id)
         self._wake.set()
+        generation.left(self.node.clock.now())
 
     def _pause_if_unread(self, generation: Generation) -> None:
         if generation.num_unread < self.config.max_buffered_tokens or generation.sequence.finish_reason is not None:
             return
         generation.sequence.is_paused = True
+        generation.paused(self.node.clock.now())
         if not generation.is_watched:
             generation.is_watched = True
             self.spawn(self._watch_stall(generation))
@@ -264,7 +278,11 @@ class Engine(Actor):
         self._stepped.clear()
         try:
             result = await self._compute(step)
-            self.throughput.observe(step, self.node.clock.now() - begin_s)
+            end_s = self.node.clock.now()
+            self.throughput.observe(step, end_s - begin_s)
+            for chunk in step.chunks:
+                if generation := self._generations.get(chunk.sequence_id):
+                    generation.phases.stepped(begin_s, end_s, step)
             self.scheduler.apply(step, result)
         finally:
             self._stepped.set()
@@ -315,7 +333,7 @@ class Engine(Actor):
             return
         self.supply.give_back(released)
         if released.is_preempted and generation is not None:
-            generation.preempted()
+            generation.preempted(now)
 
     # ---- the pool ------------------------------------------------------------------------------------------------
 
@@ -349,14 +367,16 @@ class Engine(Actor):
             prefill_tps=round(self.throughput.prefill_tps, 1),
             decode_tps=round(self.throughput.decode_tps, 1),
             queue_s=round(self.throughput.prefill_s(self.scheduler.num_uncomputed_tokens), 3),
+            cached_blocks=self._cached_blocks,
         )
 
     async def _report_load(self) -> None:
         while True:
             try:
-                self._free_blocks = (await self.attachment.manager.ask(Probe(b""), timeout=1.0)).free_blocks
+                probed = await self.attachment.manager.ask(Probe(b""), timeout=1.0)
+                self._free_blocks, self._cached_blocks = probed.free_blocks, probed.cached_blocks
             except BusError:
                 pass  # The last number stands.
             state = "ready" if self.attachment.is_attached else "detached"
-            self.registration.update(state=state, load=self.load())
+            self.registration.update(state=state, load=self.load(), counters=self.scheduler.counts.counters())
             await self.node.clock.sleep(REPORT_S)

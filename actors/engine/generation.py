@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from callboard.actors.protocol import BadRequest, FinishReason, KvComputed, LayersDone, Token, Usage
-from callboard.bus import BusError, Call
+from callboard.bus import BusError, Call, Node
 
+from .phases import Phases
 from .sequence import Sequence
 from .step import Sample
 
@@ -22,9 +23,10 @@ class Generation:
     ``call`` is the stream it answers.
     """
 
-    def __init__(self, sequence: Sequence, call: Call, *, now: float) -> None:
+    def __init__(self, sequence: Sequence, call: Call, node: Node, *, now: float) -> None:
         self.sequence = sequence
         self.call = call
+        self.phases = Phases(node, call)
         self.needs_admission = True
         """It has no blocks: at first, and again after a preemption."""
         self.read_s = now
@@ -38,6 +40,7 @@ class Generation:
         self._error: BusError | None = None
         self._ready = asyncio.Event()
         self._is_closed = False
+        self._is_aborted = False
         self._begin_s = now
         self._start_s: float | None = None
         self._first_token_s: float | None = None
@@ -79,10 +82,48 @@ class Generation:
         """Items that wait to be read."""
         return len(self._items)
 
+    @property
+    def outcome(self) -> str:
+        """How a stream that is over has ended: stop or length, abort (its reader left, or asked for it), or error."""
+        is_left = self.call.ended in ("cancelled", "actor_died", "link_lost")
+        return self.sequence.finish_reason or ("abort" if self._is_aborted or is_left else "error")
+
     def started(self, now: float) -> None:
-        """Note that its first step begins."""
+        """Note that a step with it begins."""
         if self._start_s is None:
             self._start_s = now
+        if self.phases.name == "queue":
+            self.phases.enter("compute" if self.sequence.is_kv_only else "prefill", now)
+
+    def admitted(self, now: float) -> None:
+        """Note that it has blocks, and waits for its next step."""
+        self.needs_admission = False
+        self.phases.enter("queue", now)
+
+    def paused(self, now: float) -> None:
+        """Note that it is in no step any more, because too much of it is unread."""
+        self._leave_phase("paused", now)
+
+    def resumed(self, now: float) -> None:
+        """Note that it is read again."""
+        if self.phases.name == "paused":
+            self.phases.enter("decode", now)
+
+    def left(self, now: float) -> None:
+        """Note that nobody reads it any more."""
+        self._leave_phase("", now)
+
+    def _leave_phase(self, name: str, now: float) -> None:
+        sequence, facts = self.sequence, {}
+        match self.phases.name:
+            case "prefill" | "compute":
+                facts = {
+                    "num_tokens": sequence.num_written_prompt_tokens,
+                    "num_cached_tokens": sequence.num_reused_tokens or 0,
+                }
+            case "decode":
+                facts = {"num_tokens": sequence.num_output_tokens - 1, "num_preemptions": sequence.num_preemptions}
+        self.phases.enter(name, now, **facts)
 
     def put(self, item: Item, now: float) -> None:
         """Leave an item for the reader."""
@@ -96,6 +137,10 @@ class Generation:
         """Leave a token; the last one carries the bill."""
         if self._first_token_s is None:
             self._first_token_s = now
+        if finish_reason is not None:
+            self._leave_phase("handover", now)
+        elif self.phases.name == "prefill":
+            self._leave_phase("decode", now)
         usage = None if finish_reason is None else self.usage(now)
         self.put(Token(position, sample.token, sample.logprob, finish_reason, usage), now)
 
@@ -103,10 +148,12 @@ class Generation:
         """Leave the last item of kv-only work."""
         start_s = now if self._start_s is None else self._start_s
         num_tokens = self.sequence.num_written_prompt_tokens
+        self._leave_phase("handover", now)
         self.put(KvComputed(num_tokens, start_s - self._begin_s, now - start_s), now)
 
-    def preempted(self) -> None:
+    def preempted(self, now: float) -> None:
         """Send the reader back to admission."""
+        self._leave_phase("", now)
         self.needs_admission = True
         self._ready.set()
 
@@ -123,6 +170,7 @@ class Generation:
         """End early: the last token that is still here says so, or a refusal where none is."""
         if self._is_closed:
             return
+        self._is_aborted = True
         last = self._items[-1] if self._items else None
         if isinstance(last, Token) and last.finish_reason is None:
             self._items[-1] = msgspec.structs.replace(last, finish_reason="abort", usage=self.usage(now))

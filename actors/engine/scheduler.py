@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from callboard.actors.protocol import FinishReason
 
+from .counts import Counts
 from .sequence import Sequence
 from .slab import Slab
 from .step import Chunk, Sample, Step, StepResult
@@ -71,6 +72,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.slab = Slab()
+        self.counts = Counts()
         self._sequences: dict[str, Sequence] = {}
         self._order: list[Sequence] = []
         self._num_arrived = 0
@@ -149,7 +151,7 @@ class Scheduler:
         for chunk in step.chunks:
             sample = next(samples) if chunk.draw else None
             sequence = self._sequences[chunk.sequence_id]
-            sequence.advance(chunk)
+            self.counts.num_computed_tokens += sequence.advance(chunk)
             if sequence.is_aborted:
                 self._release(sequence)
             elif sample is not None:
@@ -228,6 +230,7 @@ class Scheduler:
         assert sequence.sampling is not None
         sampling = sequence.sampling
         position = sequence.num_output_tokens
+        self.counts.emitted(sequence, position)
         sequence.tokens.append(sample.token)
         is_end = sample.token in self.eos_token_ids and not sampling.ignore_eos
         if is_end or sample.token in sampling.stop_token_ids:
@@ -247,6 +250,7 @@ class Scheduler:
         table = sequence.block_table.tobytes()
         self._instructions.append(Released(sequence, table, sequence.num_computed_tokens, is_preempted))
         if is_preempted:
+            self.counts.num_preemptions += 1
             sequence.displace()
         self._size_slab()
 

@@ -97,11 +97,12 @@ class Sequence:
             is_kv_only=self.is_kv_only,
         )
 
-    def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk's KV is in place."""
-        written_end = min(chunk.end, self.num_prompt_tokens)
-        self.num_written_prompt_tokens += max(0, written_end - chunk.write_begin)
+    def advance(self, chunk: Chunk) -> int:
+        """Note that a chunk's KV is in place; return how many of the prompt's tokens it has written."""
+        num_written = max(0, min(chunk.end, self.num_prompt_tokens) - chunk.write_begin)
+        self.num_written_prompt_tokens += num_written
         self.num_computed_tokens = chunk.end
+        return num_written
 
     def __repr__(self) -> str:
         done = f"{self.num_computed_tokens}/{len(self.tokens)}"

@@ -11,6 +11,8 @@ from callboard.kv.tokens import pack_tokens
 
 from .errors import ApiError, shutting_down
 from .generation import Outbox, Sequence, usage_of
+from .http_trace import HttpTrace
+from .observed import Observed, Pace, RequestMetrics
 from .prompts import Model, encode_prompts, num_output_tokens
 from .requests import ChatRequest, CompletionRequest
 from .responses import Reply, UsageReply
@@ -33,6 +35,9 @@ class Backend:
     models: Mapping[str, Model]
     timeout_s: float
     max_body_bytes: int
+    metrics: RequestMetrics
+    actor: str = "frontend"
+    """Its name in the records of requests."""
     in_flight: set[str] = field(default_factory=set)
     outboxes: dict[str, Outbox] = field(default_factory=dict)
     """Of the requests being answered, by request id."""
@@ -98,6 +103,8 @@ class Answer:
     created: int
     prepared: Prepared
     sequences: list[Sequence]
+    observed: Observed
+    trace: HttpTrace
 
     def reply(self, kind: str, choices: list[Any], usage: Any) -> Reply:
         """Return the Struct around ``choices``."""
@@ -106,6 +113,11 @@ class Answer:
     def usage(self) -> UsageReply:
         """Return the usage, once all sequences have ended."""
         return usage_of(self.sequences, [len(prompt) for prompt in self.prepared.prompts])
+
+    @property
+    def last_s(self) -> float:
+        """When the last token came, on the node's clock; 0 before the first."""
+        return max(sequence.pace.last or 0.0 for sequence in self.sequences)
 
     def headers(self, content_type: bytes) -> Headers:
         """Return the headers of a good answer."""
@@ -118,8 +130,19 @@ def wanted_id(headers: Headers, prefix: str, node: Node) -> str:
     return given if _REQUEST_ID.fullmatch(given) else prefix + node.new_id()
 
 
-def build_answer(prepared: Prepared, backend: Backend, ids: list[str], prefix: str, headers: Headers) -> Answer:
-    """Return the answer that the sequences of ``ids`` will give. The router hears the client's ``x-`` headers."""
+def build_answer(
+    prepared: Prepared,
+    backend: Backend,
+    ids: list[str],
+    prefix: str,
+    headers: Headers,
+    observed: Observed,
+    trace: HttpTrace,
+) -> Answer:
+    """Return the answer that the sequences of ``ids`` will give. The router hears the client's ``x-`` headers.
+
+    It hears the trace of a client that sent one, so that a script which asks others can name it to them.
+    """
     request, model = prepared.request, prepared.model
     # The choices of a prompt share the seed and differ by their index alone.
     seed = backend.node.rng.getrandbits(63)
@@ -128,6 +151,7 @@ def build_answer(prepared: Prepared, backend: Backend, ids: list[str], prefix: s
         for name, value in headers
         if name.startswith(b"x-") and name not in _PRIVATE_HEADERS
     }
+    forwarded |= trace.context.onward(trace.span)
     sequences = []
     for index, request_id in enumerate(ids):
         prompt_index, choice_index = divmod(index, request.num_choices)
@@ -153,11 +177,22 @@ def build_answer(prepared: Prepared, backend: Backend, ids: list[str], prefix: s
             has_logprobs=request.wants_logprobs,
             has_token_ids=bool(request.return_token_ids),
         )
-        sequences.append(Sequence(index, prompt_index, message, text))
+        pace = Pace(backend.node.clock.now, backend.metrics.models[model.name].itl)
+        sequences.append(Sequence(index, prompt_index, message, text, pace))
+    num_prompt_tokens = sum(map(len, prepared.prompts))
+    observed.serves(sequences, num_prompt_tokens=num_prompt_tokens)
+    trace.facts |= {
+        "model": model.name,
+        "num_prompt_tokens": num_prompt_tokens,
+        "num_sequences": len(sequences),
+        "stream": bool(request.stream),
+    }
     return Answer(
         id=ids[0] if ids[0].startswith(prefix) else prefix + ids[0],
         request_id=ids[0],
         created=int(backend.node.clock.wall()),
         prepared=prepared,
         sequences=sequences,
+        observed=observed,
+        trace=trace,
     )

@@ -14,6 +14,8 @@ import msgspec
 from .answer import Answer, Backend, build_answer, prepare, wanted_id
 from .errors import ApiError, as_api_error
 from .generation import Outbox, run_sequence
+from .http_trace import HttpTrace
+from .observed import Observed
 from .requests import ChatRequest, CompletionRequest
 from .responses import Reply, Shape
 from .text import Piece
@@ -47,12 +49,25 @@ class Endpoint:
         self._encode = msgspec.json.Encoder().encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = scope["path"].removeprefix("/v1/").replace("/", "_")
+        trace = HttpTrace(self._backend.node, self._backend.actor, scope)
+        with self._backend.metrics.request(endpoint) as observed:
+            try:
+                await self._answer(scope, receive, trace.watching(observed.watching(send)), observed, trace)
+            finally:
+                trace.ended(observed.status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, observed: Observed, trace: HttpTrace) -> None:
         if scope["method"] != "POST":
             text = f"Not allowed to {scope['method']} on {scope['path']}."
             return await send_error(send, ApiError(405, text, code="method_not_allowed"), allow=b"POST")
         try:
             body = await _read_body(scope, receive, self._backend.max_body_bytes)
-            prepared = await prepare(self._decode(body), self._backend)
+            read_s = trace.phase("read")
+            request = self._decode(body)
+            observed.is_for(request.model)
+            prepared = await prepare(request, self._backend)
+            trace.prepared(read_s)
         except ClientLeft:
             return None
         except Exception as error:
@@ -61,11 +76,13 @@ class Endpoint:
         wanted = wanted_id(scope["headers"], prefix, self._backend.node)
         ids = self._backend.claim_ids(wanted, prepared.num_sequences)
         try:
-            answer = build_answer(prepared, self._backend, ids, prefix, scope["headers"])
+            trace.request_id = ids[0]
+            answer = build_answer(prepared, self._backend, ids, prefix, scope["headers"], observed, trace)
             await self._serve(answer, receive, send)
         finally:
             if (connection := scope.get(CONNECTION)) is not None and connection.has_stalled:
-                log.warning("request %s was cancelled: its client took nothing of the answer", ids[0])
+                extra = {"request_id": ids[0]}
+                log.warning("the request was cancelled: its client took nothing of the answer", extra=extra)
             self._backend.release_ids(ids)
 
     async def _serve(self, answer: Answer, receive: Receive, send: Send) -> None:
@@ -75,7 +92,10 @@ class Endpoint:
         try:
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(_watch(receive))
-                runs = [group.create_task(run_sequence(s, router, outbox, timeout_s)) for s in answer.sequences]
+                runs = [
+                    group.create_task(run_sequence(s, router, outbox, timeout_s, answer.trace))
+                    for s in answer.sequences
+                ]
                 if not await respond(answer, outbox, send):
                     for run in runs:
                         run.cancel()
@@ -96,6 +116,7 @@ class Endpoint:
                     return False
                 pieces[item.index].append(item.piece)
                 num_open -= item.piece.finish_reason is not None
+        answer.trace.has_all_tokens(answer.last_s)
         choices = [self._shape.choice(index, of_choice) for index, of_choice in enumerate(pieces)]
         body = self._encode(answer.reply(self._shape.whole_object, choices, answer.usage()))
         headers = [*answer.headers(b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -124,10 +145,12 @@ class Endpoint:
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
             if failure is not None:
                 # No [DONE] after an error: the openai client raises on the error, and others see a cut stream.
+                answer.observed.failed(failure.status)
                 events.append(b"data: " + failure.encode() + b"\n\n")
                 await send({"type": "http.response.body", "body": b"".join(events)})
                 return False
             if not num_open:
+                answer.trace.has_all_tokens(answer.last_s)
                 if answer.prepared.request.has_usage_chunk:
                     events.append(self._event(answer.reply(self._shape.chunk_object, [], answer.usage())))
                 events.append(_DONE)

@@ -7,14 +7,20 @@ are any.
 from collections.abc import Sequence
 
 import msgspec
+from prometheus_client.registry import Collector
 
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import Entry
 from callboard.actors.registration import DirectoryView, Registration
+from callboard.actors.stats_protocol import FrontendStats, GetFrontendStats
 from callboard.bus import Address, Ref, Refusal
 
 from .answer import Backend
+from .fleet_metrics import FleetCollector
+from .health import health_routes
 from .http import HttpServer, bind, build_app
+from .metrics import Exposition, RequestCollector, metrics_route
+from .observed import RequestMetrics
 from .prompts import Model
 from .tokenizer import Tokenizer, TokenizerMissing
 
@@ -60,6 +66,7 @@ class Frontend(Actor):
         self._backend: Backend | None = None
         self._view: DirectoryView | None = None
         self._server: HttpServer | None = None
+        self._is_stopping = False
 
     @property
     def url(self) -> str:
@@ -74,26 +81,33 @@ class Frontend(Actor):
         try:
             for name, served in config.models.items():
                 self._models[name] = await self._load(name, served)
+            metrics = RequestMetrics(self._models, self.node.clock.now)
             self._backend = Backend(
                 node=self.node,
                 router=self._router,
+                actor=self.name,
                 models=self._models,
                 timeout_s=config.request_timeout_s,
                 max_body_bytes=config.max_body_bytes,
+                metrics=metrics,
             )
-            app = build_app(self._backend, self.models_without_engine, config.api_keys)
+            collectors: list[Collector] = [RequestCollector(metrics)]
+            if self.directory is not None:
+                self._view = DirectoryView(self)
+                collectors.append(FleetCollector(self.node, self._view))
+            more = [*health_routes(self.unready), metrics_route(Exposition(self.node, *collectors))]
+            app = build_app(self._backend, self.models_without_engine, config.api_keys, more)
         except BaseException:
             bound.close()
             raise
         self.port = bound.getsockname()[1]
         self._server = HttpServer(app, bound, grace_s=config.grace_s, stall_s=config.stall_s)
         self.spawn(self._server.serve())
-        if self.directory is not None:
-            self._view = DirectoryView(self)
         address = self.node.address_of(self.name)
         Registration(self, Entry(name=self.name, kind="frontend", address=address, detail={"url": self.url}))
 
     async def stop(self) -> None:
+        self._is_stopping = True
         if self._server is not None and self._backend is not None:
             await self._server.stop(self._backend.cut_short)
 
@@ -103,6 +117,23 @@ class Frontend(Actor):
             return []
         ready = [entry for entry in self._view.entries("engine") if entry.state == "ready"]
         return [name for name, served in self.config.models.items() if not _is_whole(name, served, ready)]
+
+    def unready(self) -> list[str]:
+        """Return in sentences what is missing for requests to be answered; nothing, when all is there."""
+        missing = []
+        if self._is_stopping:
+            missing.append("the frontend is stopping")
+        if self._view is not None and not any(e.address == self.config.router for e in self._view.entries()):
+            missing.append(f"router {self.config.router.actor} is not there")
+        ready = [] if self._view is None else [e for e in self._view.entries("engine") if e.state == "ready"]
+        for name in self.models_without_engine():
+            roles = sorted(set(self.config.models[name].roles) - _roles_of(name, self.config.models[name], ready))
+            missing.append(f"model {name} has no ready engine" + (f" for {' and '.join(roles)}" if roles else ""))
+        return missing
+
+    def on_get_frontend_stats(self, message: GetFrontendStats) -> FrontendStats:
+        assert self._backend is not None, "it has started"
+        return self._backend.metrics.stats()
 
     def _router(self) -> Ref:
         return self.node.ref(self.config.router)
@@ -116,6 +147,9 @@ class Frontend(Actor):
 
 
 def _is_whole(name: str, served: ServedModel, ready: Sequence[Entry]) -> bool:
-    engines = [entry for entry in ready if entry.model == name]
-    taken = {role for entry in engines for role in entry.roles or served.roles}
-    return bool(engines) and taken.issuperset(served.roles)
+    return any(entry.model == name for entry in ready) and _roles_of(name, served, ready).issuperset(served.roles)
+
+
+def _roles_of(name: str, served: ServedModel, ready: Sequence[Entry]) -> set[str]:
+    """Return the roles that a model's ready engines take."""
+    return {role for entry in ready if entry.model == name for role in entry.roles or served.roles}

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from callboard.actors.protocol import Generate, Token
 from callboard.bus import BusError, Ref
+from callboard.bus.calls import enter_call
 from callboard.bus.ref import Items
 
 from .errors import ApiError, as_api_error
+from .http_trace import HttpTrace
+from .observed import Pace
 from .responses import PromptTokensDetails, UsageReply
 from .text import Piece, SequenceText
 
@@ -30,6 +33,7 @@ class Sequence:
     prompt_index: int
     message: Generate
     text: SequenceText
+    pace: Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,16 @@ class Outbox:
         return items
 
 
-async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_s: float) -> None:
-    """Generate one sequence into the outbox. Ends with an item that has a finish reason, or with an error."""
+async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_s: float, trace: HttpTrace) -> None:
+    """Generate one sequence into the outbox. Ends with an item that has a finish reason, or with an error.
+
+    A task of its own: the request's root is current in all of it.
+    """
+    enter_call(trace.root(sequence.message.request_id))
     error: ApiError | None = None
     try:
         async with router.stream(sequence.message, timeout=timeout_s) as tokens:
+            trace.opened()
             error = await _read(sequence, tokens, outbox)
             if error is None and not sequence.text.is_cut:
                 # The router's script is at its end: let it get there, rather than cancel it on its last line.
@@ -86,7 +95,8 @@ async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_
                             pass
     except Exception as failure:
         if not isinstance(failure, BusError):
-            log.error("request %s failed", sequence.message.request_id, exc_info=failure)
+            extra = {"request_id": sequence.message.request_id}
+            log.error("the request failed here", exc_info=failure, extra=extra)
         error = as_api_error(failure)
     if error is not None:
         await outbox.put(Item(sequence.index, error))
@@ -94,6 +104,7 @@ async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_
 
 async def _read(sequence: Sequence, tokens: Items[Token], outbox: Outbox) -> ApiError | None:
     async for token in tokens:
+        sequence.pace.token()
         if token.finish_reason == "abort":
             return ApiError(503, "The request was aborted on the server.", code="aborted")
         piece = sequence.text.push(token)

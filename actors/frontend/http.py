@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import socket
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,12 +18,14 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import BaseRouteHandler, asgi
 from litestar.types import Receive, Scope, Send
 
-from callboard.bus import Refusal
+from callboard.bus import Node, Refusal
 
+from . import trace_context
 from .answer import Backend
 from .connection import HttpConfig
 from .endpoint import Endpoint
 from .errors import ApiError, as_api_error
+from .health import health_response
 from .requests import decode_chat, decode_completion
 from .responses import ChatShape, CompletionShape, ModelReply, ModelsReply
 
@@ -50,13 +53,6 @@ class PortTaken(CannotListen):
     sentence = "port {port} on {host} is taken: stop what listens there, or choose another port"
 
 
-class Health(msgspec.Struct, frozen=True):
-    """Whether every served model has a ready engine, and which have none."""
-
-    status: str
-    missing: list[str]
-
-
 def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. Raises PortTaken, CannotListen."""
     try:
@@ -78,8 +74,8 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str]) -> Litestar:
-    """Return the application: OpenAI's routes, /health, and errors in OpenAI's shape everywhere."""
+def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str], more: Sequence[Any] = ()) -> Litestar:
+    """Return the application: OpenAI's routes, /health, ``more``, and errors in OpenAI's shape everywhere."""
 
     @get("/v1/models", sync_to_thread=False)
     def list_models() -> Response[bytes]:
@@ -93,8 +89,7 @@ def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str]) -> Li
 
     @get("/health", sync_to_thread=False, opt={"is_open": True})
     def health() -> Response[bytes]:
-        names = list(missing())
-        return _json(Health("unavailable" if names else "ok", names), status=503 if names else 200)
+        return health_response(missing())
 
     completion_endpoint = Endpoint(backend, CompletionShape(), decode_completion)
     chat_endpoint = Endpoint(backend, ChatShape(), decode_chat)
@@ -108,9 +103,13 @@ def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str]) -> Li
         await chat_endpoint(scope, receive, send)  # type: ignore[arg-type]
 
     return Litestar(
-        route_handlers=[list_models, get_model, health, completions, chat_completions],
+        route_handlers=[list_models, get_model, health, completions, chat_completions, *more],
         guards=[_guard(api_keys)] if api_keys else [],
-        exception_handlers={HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_api_error},
+        exception_handlers={
+            HTTPException: partial(_on_http_error, backend.node),
+            ApiError: partial(_on_api_error, backend.node),
+            Exception: partial(_on_api_error, backend.node),
+        },
         openapi_config=None,
         logging_config=None,
     )
@@ -201,13 +200,16 @@ def _guard(api_keys: Sequence[str]) -> Callable[[ASGIConnection[Any, Any, Any, A
     return check
 
 
-def _on_api_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+def _on_api_error(node: Node, request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     failure = as_api_error(error)
-    headers = {name.decode(): value.decode() for name, value in failure.headers() if name != b"content-type"}
+    # What fails before an endpoint sees it has no root span, but its caller's trace all the same.
+    context = trace_context.accept(request.scope["headers"], node.rng)
+    all_headers = [*failure.headers(), *context.headers(node.new_span())]
+    headers = {name.decode(): value.decode() for name, value in all_headers if name != b"content-type"}
     return Response(failure.encode(), status_code=failure.status, media_type=JSON, headers=headers)
 
 
-def _on_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+def _on_http_error(node: Node, request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         failure = ApiError(404, f"Unknown request URL: {where}.", code="unknown_url")
@@ -215,4 +217,4 @@ def _on_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Res
         failure = ApiError(405, f"Not allowed to {where.replace(' ', ' on ', 1)}.", code="method_not_allowed")
     else:
         failure = ApiError(error.status_code, error.detail)
-    return _on_api_error(request, failure)
+    return _on_api_error(node, request, failure)

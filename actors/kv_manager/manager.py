@@ -16,6 +16,7 @@ from callboard.actors.protocol import (
     Attached,
     BadRequest,
     CloseWrite,
+    Counters,
     Done,
     Entry,
     Finish,
@@ -58,6 +59,8 @@ from .sender import Sender
 
 REPORT_S = 0.2
 """How often the directory hears of the load."""
+MOST_DETAIL = 1000
+"""Characters of the lanes that the directory is told of."""
 STATS_RECALL_S = 0.5
 """How long engines may take to return unused blocks before they are counted."""
 
@@ -79,7 +82,7 @@ class KvManager(PoolActor):
             config.num_blocks, config.layout.block_size, lease_s=config.lease_s, new_id=node.new_id, node=node.name
         )
         self.blocks.reservations.tie(SELF)
-        self.queue = BlockQueue(self.blocks.allocator, self.engines.recall)
+        self.queue = BlockQueue(node, self.blocks.allocator, self.engines.recall)
         ready: asyncio.Future[PublishedPool] = asyncio.get_running_loop().create_future()
         self.spawn(self._hold_pool(ready))
         pool = await ready
@@ -121,7 +124,8 @@ class KvManager(PoolActor):
     def on_probe(self, message: Probe) -> Probed:
         cached = self.blocks.cache.match(message.prompt).num_tokens
         blocks, config = self.blocks, self.config
-        return Probed(cached, blocks.allocator.num_available, config.num_blocks, self.node.incarnation)
+        idle = blocks.cache.num_idle
+        return Probed(cached, blocks.allocator.num_available, config.num_blocks, self.node.incarnation, idle)
 
     def on_release(self, message: Release) -> Done:
         if message.kv.epoch == self.epoch:
@@ -255,11 +259,17 @@ class KvManager(PoolActor):
 
     async def _sealed(self, held: Held) -> None:
         """Wait until a reservation is sealed, or will never be (adopting it then says why)."""
-        reservation_id = held.reservation.id
-        while not self.blocks.reservations.is_settled(reservation_id):
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.seal_waiters.setdefault(reservation_id, []).append(waiter)
-            await waiter
+        reservation_id, clock = held.reservation.id, self.node.clock
+        if self.blocks.reservations.is_settled(reservation_id):
+            return
+        begin_s = clock.now()
+        try:
+            while not self.blocks.reservations.is_settled(reservation_id):
+                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self.seal_waiters.setdefault(reservation_id, []).append(waiter)
+                await waiter
+        finally:
+            self.node.note(current_call(), "pages", begin_s, reservation=reservation_id)
 
     def _address(self, held: Held) -> KvAddr:
         reservation, layout = held.reservation, self.config.layout
@@ -320,10 +330,27 @@ class KvManager(PoolActor):
         )
         while True:
             await self.node.clock.sleep(REPORT_S)
-            registration.update(load=self._load())
+            lanes = ", ".join(f"{manager}: {lane}" for manager, lane in sorted(self._sender.lanes().items()))
+            detail = {"lanes": lanes[:MOST_DETAIL]} if lanes else {}
+            registration.update(load=self._load(), counters=self._counters(), detail=detail)
 
     def _load(self) -> Load:
-        return Load(free_blocks=self.blocks.allocator.num_available, num_blocks=self.config.num_blocks)
+        blocks = self.blocks
+        return Load(
+            free_blocks=blocks.allocator.num_available,
+            num_blocks=self.config.num_blocks,
+            cached_blocks=blocks.cache.num_idle,
+            quarantined_blocks=blocks.num_quarantined,
+        )
+
+    def _counters(self) -> Counters:
+        cache = self.blocks.cache
+        return Counters(
+            num_queried_tokens=cache.num_queried_tokens,
+            num_hit_tokens=cache.num_hit_tokens,
+            num_evicted_blocks=cache.num_evicted,
+            num_bytes_sent=self.num_bytes_sent,
+        )
 
 
 def _caller() -> Call:

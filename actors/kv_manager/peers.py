@@ -98,6 +98,11 @@ class Peers:
         self._manager = manager
         self._peers: dict[tuple[str, str, str], Peer] = {}
 
+    def lanes(self) -> dict[str, str]:
+        """Return the lanes that stand, by the name of the manager they lead to."""
+        ready = {key: peer.ready for key, peer in self._peers.items() if peer.ready.done()}
+        return {actor: each.result().name for (_, actor, _), each in ready.items() if not each.exception()}
+
     async def enter(self, address: Address, epoch: str) -> Peer:
         """Return the tie to a manager, made now if there is none.
 
@@ -122,7 +127,7 @@ class Peers:
                 async for item in items:
                     if peer.ready.done():
                         raise LinkLost(f"{address} tied itself twice")
-                    layout, pace = self._manager.config.layout, self._manager.pace
+                    layout, pace = self._manager.config.layout, self._manager.pace(address.actor)
                     lane = await open_lane(item.pool_path, node.exchange, epoch=epoch, layout=layout, pace=pace)
                     peer.ready.set_result(lane)
         except BusError as broken:

@@ -36,12 +36,13 @@ class PoolActor(Actor):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.num_bytes_sent = 0
+        """Of KV, for remote_send."""
         self.seal_waiters: dict[str, list[asyncio.Future[None]]] = {}
         """Who waits for a reservation to be sealed, or to end, by its id."""
 
-    @property
-    def pace(self) -> Pace:
-        """How pages are copied here."""
+    def pace(self, to: str) -> Pace:
+        """Return how pages are copied from here into a KV manager's pool."""
         return SimulatedPace(self.node.rng) if self.node.clock.is_virtual else Pace()
 
     def end_loan(self, loan: Loan) -> None:

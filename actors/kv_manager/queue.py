@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from callboard.bus import Node, current_call
 from callboard.kv.allocator import Allocator
 from callboard.kv.layout import OutOfBlocks
 
@@ -41,7 +42,8 @@ class BlockQueue:
     ``recall(count)`` asks the engines for unused blocks, and returns whether there is any hope of some.
     """
 
-    def __init__(self, allocator: Allocator, recall: Callable[[int], bool]) -> None:
+    def __init__(self, node: Node, allocator: Allocator, recall: Callable[[int], bool]) -> None:
+        self._node = node
         self._allocator = allocator
         self._recall = recall
         self._waiting: dict[Priority, deque[_Waiter]] = {priority: deque() for priority in Priority}
@@ -67,6 +69,7 @@ class BlockQueue:
             raise shortage
         waiter = _Waiter(attempt, shortage)
         self._waiting[priority].append(waiter)
+        begin_s = self._node.clock.now()
         try:
             async with asyncio.timeout(wait_s):
                 granted: T = await self._granted(waiter, undo)
@@ -74,6 +77,7 @@ class BlockQueue:
         except TimeoutError:
             raise waiter.shortage from None
         finally:
+            self._node.note(current_call(), "blocks", begin_s, purpose=priority.name.lower(), num_blocks=total)
             if waiter in self._waiting[priority]:
                 self._waiting[priority].remove(waiter)
             self.pump()

@@ -19,7 +19,7 @@ from callboard.actors.protocol import (
     RemoteSend,
     Sent,
 )
-from callboard.bus import FOREVER, ActorDied, Address, AskTimeout, BusError, LinkLost, Ref, Refusal
+from callboard.bus import FOREVER, ActorDied, Address, AskTimeout, BusError, Call, LinkLost, Ref, Refusal, current_call
 from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
 from callboard.kv.lanes import Lane, LaneClosed, MappedLane
@@ -60,10 +60,26 @@ class Transfer:
         source = slot_runs(self._loan.block_table, begin, end, self._kv.layout.block_size)
         copies = pair_runs(source, cut_runs(self._kv.slots, begin - self._kv.begin, end - self._kv.begin))
         try:
-            self.num_bytes += await self._lane.write(self._manager.store, copies, layers)
+            num_bytes = await self._lane.write(self._manager.store, copies, layers)
         except LaneClosed:
             raise LinkLost(f"the tie to {self._kv.manager} broke before all pages were sent") from None
-        self.seconds += clock.now() - started
+        self.num_bytes += num_bytes
+        self._manager.num_bytes_sent += num_bytes
+        ended = clock.now()
+        self.seconds += ended - started
+        self._manager.node.note(
+            current_call(),
+            "send",
+            started,
+            end=ended,
+            num_bytes=num_bytes,
+            lane=self._lane.name,
+            to=self._kv.manager.actor,
+            layer_begin=layers.start,
+            layer_end=layers.stop,
+            token_begin=begin,
+            token_end=end,
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -81,9 +97,14 @@ class Sender:
         self._engines = engines
         self._peers = Peers(manager)
 
+    def lanes(self) -> dict[str, str]:
+        """Return the lanes to other managers that stand, by name."""
+        return self._peers.lanes()
+
     async def send(self, message: RemoteSend) -> Sent:
         """See RemoteSend. Raises StaleReservation, BadRange, OutOfBlocks, UnknownActor, and as the engine does."""
         manager, kv = self._manager, message.kv
+        begin_s = manager.node.clock.now()
         begin, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
         if begin >= end:
             return Sent(0, "", 0, 0, 0.0, 0.0, 0.0, 0.0)
@@ -91,7 +112,7 @@ class Sender:
             raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool has another layout than this one")
         if not kv.begin <= begin < end <= kv.end or num_slots(kv.slots) != kv.end - kv.begin:
             raise BadRange(begin=begin, end=end, num_tokens=kv.end, reason="it is not inside the reservation")
-        async with self._write(kv, begin, end) as lane:
+        async with self._write(kv, begin, end, begin_s) as lane:
             # Before an engine computes: a refusal after that would be taken for the engine's, that it writes nothing.
             if not lane.fits(kv.slots):
                 raise StaleReservation(reservation_id=kv.reservation_id, reason="it names slots outside of its pool")
@@ -162,8 +183,10 @@ class Sender:
         """Have the engine compute what is not cached, and send each layer as it is done."""
         table = pack_tokens(loan.block_table)
         request = ComputeKv(loan.loan_id, loan.tokens, table, loan.num_cached_tokens, loan.attachment)
-        computed = None
+        computed, call, node = None, current_call(), self._manager.node
+        begin_s = _since(call, node.clock.now())
         async with self._engine(loan).stream(request) as items:
+            node.note_turn(call, begin_s, "lend", end=_sent(call))
             await transfer.send(0, loan.num_cached_tokens, range(message.kv.layout.num_layers))
             async for item in items:
                 if isinstance(item, LayersDone):
@@ -192,7 +215,7 @@ class Sender:
     # ---- the receiver's side -------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _write(self, kv: KvAddr, begin: int, end: int) -> AsyncIterator[Lane]:
+    async def _write(self, kv: KvAddr, begin: int, end: int, begin_s: float) -> AsyncIterator[Lane]:
         """Open the write, give the lane, close the write: complete if the body came to its end."""
         manager = self._manager
         write_id = manager.node.new_id()
@@ -201,12 +224,13 @@ class Sender:
             manager.open_write(opening, writer=SELF)
             is_complete = False
             try:
-                yield MappedLane("inproc", manager.store, is_owner=False, pace=manager.pace)
+                yield MappedLane("inproc", manager.store, is_owner=False, pace=manager.pace(manager.name))
                 is_complete = True
             finally:
                 manager.close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))
             return
         peer = await self._peers.enter(kv.manager, kv.epoch)
+        call = current_call()
         closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=False)
         is_closed = False
         try:
@@ -215,13 +239,16 @@ class Sender:
             except Refusal:
                 is_closed = True
                 raise
+            manager.node.note_turn(call, begin_s, "tie", end=_sent(call))
             yield peer.ready.result()
+            begin_s = _since(call, manager.node.clock.now())
             closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=True)
             try:
                 await peer.ref.ask(closing)
             except Refusal:
                 is_closed = True
                 raise
+            manager.node.note_turn(call, begin_s, "settle", end=_sent(call))
             is_closed = True
         finally:
             if not is_closed:
@@ -240,3 +267,12 @@ class Sender:
                 await clock.sleep(RETRY_S)
             except BusError:
                 return
+
+
+def _since(call: Call | None, now: float) -> float:
+    """Return since when it is this manager's turn: since it heard of the end of what it had asked last."""
+    return call.heard_s if call is not None and call.heard_s > call.sent_s else now
+
+
+def _sent(call: Call | None) -> float | None:
+    return None if call is None else call.sent_s

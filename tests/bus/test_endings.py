@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from random import Random
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +61,7 @@ async def story(seed: int, num_calls: int, stop_at: float | None) -> list[str]:
         )
 
     async with node("server") as server, node("client") as client:
-        client.tap = lambda *record: log.append(repr(record))
+        client.follow(lambda row, _: log.append(repr(msgspec.msgpack.encode(row))), everything=True)
         ref = client.ref(server.add("worker", Worker()).address)
 
         async def one(i: int) -> None:

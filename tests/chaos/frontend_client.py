@@ -20,6 +20,7 @@ from callboard.actors.engine.simulated import Simulation, simulated_tokens
 from callboard.actors.frontend.answer import Backend
 from callboard.actors.frontend.chat_template import ChatTemplate
 from callboard.actors.frontend.endpoint import Endpoint
+from callboard.actors.frontend.observed import RequestMetrics
 from callboard.actors.frontend.prompts import Model
 from callboard.actors.frontend.requests import decode_chat, decode_completion
 from callboard.actors.frontend.responses import ChatShape, CompletionShape
@@ -107,7 +108,8 @@ class FrontendClient:
         self._max_model_len = min(max_model_len, simulation.max_model_len)
         self._tokenizer = tokenizer_of(simulation.vocab_size, simulation.eos_token_id)
         served = Model(model, self._tokenizer, self._max_model_len, 0)
-        self._backend = Backend(node, router, {model: served}, TIMEOUT_S, 1 << 20)
+        metrics = RequestMetrics({model: served}, node.clock.now)
+        self._backend = Backend(node, router, {model: served}, TIMEOUT_S, 1 << 20, metrics)
         self._completions = Endpoint(self._backend, CompletionShape(), decode_completion)
         self._chats = Endpoint(self._backend, ChatShape(), decode_chat)
 

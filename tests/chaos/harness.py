@@ -61,21 +61,28 @@ class Outcome:
     faults: dict[str, int] = field(default_factory=dict)
     """How many faults struck, by kind."""
     num_messages: int = 0
+    num_seen: int = 0
+    """Records that a watcher got."""
+    num_stories: int = 0
+    """What it made of them."""
     virtual_s: float = 0.0
 
 
-def run_seed(seed: int, *, planted: Planted | None = None, with_log: bool = False) -> Outcome:
+def run_seed(seed: int, *, planted: Planted | None = None, with_log: bool = False, is_watched: bool = False) -> Outcome:
     """Run one seed on a virtual clock of its own, to its end, and return what became of it; never raises.
 
-    With ``planted``, production code is broken in that way during the run. No torch, no files, no real time.
+    With ``planted``, production code is broken in that way during the run; with ``is_watched``, somebody follows all
+    nodes, and is bothered, too. No torch, no files, no real time.
     """
-    return run_schedule(draw(seed), planted=planted, with_log=with_log)
+    return run_schedule(draw(seed), planted=planted, with_log=with_log, is_watched=is_watched)
 
 
-def run_schedule(schedule: Schedule, *, planted: Planted | None = None, with_log: bool = False) -> Outcome:
+def run_schedule(
+    schedule: Schedule, *, planted: Planted | None = None, with_log: bool = False, is_watched: bool = False
+) -> Outcome:
     """Do as ``run_seed`` does, for a schedule drawn or written by hand."""
     with _undisturbed():
-        run = _Run(schedule, with_log=with_log)
+        run = _Run(schedule, with_log=with_log, is_watched=is_watched)
         with ExitStack() as stack:
             if planted is not None:
                 stack.enter_context(planted())
@@ -104,16 +111,17 @@ class _Run:
     load: Load
     faults: Faults
 
-    def __init__(self, schedule: Schedule, *, with_log: bool) -> None:
+    def __init__(self, schedule: Schedule, *, with_log: bool, is_watched: bool) -> None:
         self.schedule = schedule
         self.outcome = Outcome(schedule.seed)
         self.is_over = False
         self._with_log = with_log
+        self._is_watched = is_watched
         self._digest = hashlib.sha256()
         self._seen: set[str] = set()
 
     async def main(self) -> None:
-        self.world = world = World(self.schedule)
+        self.world = world = World(self.schedule, is_watched=self._is_watched)
         self.load, self.faults = Load(world), Faults(world)
         world.hub.on_send = self._on_send
         records = Records(world)
@@ -125,7 +133,7 @@ class _Run:
             for asking in self.schedule.requests:
                 self.load.start(asking)
             if await self._all_end() and await self._all_hear() and await self._all_settles(may_quarantine=True):
-                world.is_calm, world.hub.weather = True, Weather()
+                world.is_calm, world.hub.weather, world.has_watched = True, Weather(), True
                 await send_everywhere(world)
                 for asking in self._last_requests():
                     self.load.start(asking)
@@ -232,7 +240,8 @@ class _Run:
         outcome.faults = dict(sorted(self.faults.struck.items()))
         outcome.virtual_s = asyncio.get_running_loop().time()
         messages = [entry for entry in world.log if not isinstance(entry[-1], bytes)]
-        outcome.num_messages = len(messages)
+        outcome.num_messages = sum(entry[2] in ("sent", "received") for entry in messages)
+        outcome.num_seen, outcome.num_stories = world.num_seen, world.num_stories
         self._digest.update(repr(messages).encode())
         outcome.log_digest = self._digest.hexdigest()
         if self._with_log:

@@ -52,6 +52,11 @@ def not_given_back(world: World, *, may_quarantine: bool) -> Iterator[str]:
     if waiting:
         yield f"hung: {waiting} are not ready"
         return
+    if world.has_watched:
+        for machine in world.machines.values():
+            num_watchers = len(machine.node.trace.followers) - 1 if machine.node is not None else 0
+            if num_watchers:
+                yield f"leaked: {num_watchers} watchers at {machine.name}"
     for machine, manager in world.up(KvManager):
         counts = manager.blocks.counts()
         idle = counts.free + counts.cached + (counts.quarantined if may_quarantine else 0)

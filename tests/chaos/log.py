@@ -19,9 +19,9 @@ def lines_of(entries: Iterable[tuple[Any, ...]]) -> Iterator[str]:
             for what in _frames(batch):
                 yield f"{time:12.6f}     {near.removeprefix('sim://')} -> {far.removeprefix('sim://')} {what}"
         else:
-            node, direction, peer, actor, kind, request_id = rest
-            arrow = f"{node} -> {peer}" if direction == "sent" else f"{node} <- {peer}"
-            yield f"{time:12.6f} {arrow} {actor} {kind} {request_id}".rstrip()
+            node, what, peer, actor, kind, request_id, error = rest
+            arrow = {"sent": f"{node} -> {peer}", "received": f"{node} <- {peer}"}.get(what, f"{node} {what}")
+            yield f"{time:12.6f} {arrow} {actor} {kind} {request_id} {error}".rstrip()
 
 
 def _frames(batch: bytes) -> Iterator[str]:

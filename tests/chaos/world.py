@@ -17,11 +17,13 @@ from callboard.actors.kv_manager import KvManager
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec
 from callboard.actors.process import serve
 from callboard.bus import Address, Node, Ref, VirtualClock
+from callboard.bus.taps import RECEIVED, SENT, WHAT, Row, TapRecord
 from callboard.bus.testing import SimulatedProcess
 from callboard.bus.transports.sim import SimHub, SimTransport
 from callboard.router.actor import RouterActor
 
 from .schedule import CLIENTS, ROLES, Schedule
+from .watcher import Watcher, bother
 
 FLEET = "chaos"
 JUST_AFTER_S = 1e-6
@@ -151,7 +153,7 @@ class Machine:
             links=world.schedule.links,
             **options,
         )
-        self.node.tap = world.tap_of(self)
+        self.node.follow(world.follower_of(self), everything=True)
         return self.node
 
 
@@ -162,8 +164,12 @@ class PlantedCrash(Exception):
 class World:
     """All machines of a schedule, and the record of what happens."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, *, is_watched: bool = False) -> None:
         self.schedule = schedule
+        self.is_watched = is_watched
+        self.has_watched = False
+        """The watcher has seen enough, and leaves."""
+        self.num_seen = self.num_stories = 0
         self.hub = SimHub(schedule.seed, weather=schedule.weather, is_one_host=schedule.is_one_host)
         self.machines: dict[str, Machine] = {}
         self.problems: list[str] = []
@@ -196,6 +202,10 @@ class World:
             self._add(name, "engine", {name: lambda engine=engine: Engine(engine)})
         for name in CLIENTS:
             self._add(name, "actor", {})
+        if self.is_watched:
+            self._add("watcher", "actor", {"watcher": lambda: Watcher(self, address_of("control", "directory"))})
+            bothering = bother(self, self.machines["watcher"])
+            self._supervisors.append(asyncio.get_running_loop().create_task(bothering))
         async with asyncio.timeout(START_S):
             for machine in self.machines.values():
                 await machine.is_ready.wait()
@@ -235,14 +245,19 @@ class World:
 
     # ---- the record ----------------------------------------------------------------------------------------------
 
-    def tap_of(self, machine: Machine) -> Any:
+    def follower_of(self, machine: Machine) -> Any:
         name, log = machine.name, self.log
 
-        def tap(time: float, direction: str, peer: str, actor: str, kind: str, request_id: str) -> None:
-            log.append((time, name, direction, peer, actor, kind, request_id))
-            self.on_message(machine, direction, kind)
+        def follow(row: Row, message: Any) -> None:
+            record = TapRecord(*row)
+            what = WHAT[record.what]
+            log.append(
+                (record.time, name, what, record.peer, record.actor, record.name, record.request_id, record.error)
+            )
+            if record.what in (SENT, RECEIVED):
+                self.on_message(machine, what, record.name)
 
-        return tap
+        return follow
 
     def note(self, what: str) -> None:
         """Put an event into the log."""

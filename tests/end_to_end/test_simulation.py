@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from fleet import running_fleet
 
@@ -17,11 +18,12 @@ SIMULATED = SimulatedRunner(Simulation()).layout
 async def story(seed: int, script: str) -> tuple[list[str], list[list[int]]]:
     """Serve some requests at once; return the log of all messages of all nodes, and the tokens."""
     log: list[str] = []
+    encode = msgspec.msgpack.Encoder().encode
     async with running_fleet(
         layout=SIMULATED, script=script, hub=SimHub(seed), clock=VirtualClock(), seed=seed, num_blocks=64
     ) as fleet:
         for node in fleet.nodes.values():
-            node.tap = lambda *record, name=node.name: log.append(f"{name} {record}")
+            node.follow(lambda row, _, name=node.name: log.append(f"{name} {encode(row)!r}"), everything=True)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(

@@ -68,7 +68,7 @@ class Mutator:
             self._frames[kind] = [frame for _, frame in samples]
             for endpoint, frame in samples:
                 self.learn(decode(frame))
-                if kind.startswith("Post/"):
+                if kind.startswith(("Post/", "TracedPost/")):
                     self._posts[endpoint][kind].append(frame)
         self.kinds = sorted(self._frames)
         self._kinds_at = {endpoint: sorted(kinds) for endpoint, kinds in self._posts.items()}
@@ -101,7 +101,7 @@ class Mutator:
         chance = rng.random()
         if chance < 0.15:
             self._readdress(tree)
-        if chance < 0.1 or COSTLY.get(kind, 1.0) < rng.random():
+        if chance < 0.1 or COSTLY.get(kind.removeprefix("Traced"), 1.0) < rng.random():
             self.mutate(tree, 4)
         elif rng.random() < 0.6:
             self.mutate(tree[4], 1)

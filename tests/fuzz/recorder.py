@@ -23,6 +23,7 @@ from callboard.actors.protocol import (
     SamplingParams,
     Watch,
 )
+from callboard.actors.trace_protocol import TRACER, Follow, GetMoment, GetRecords
 from callboard.bus import BusError, Node, Ref
 from callboard.bus.clock import VirtualClock
 from callboard.bus.frames import Answer, AnyFrame, Items, Post
@@ -128,6 +129,12 @@ async def _ask_around(fleet: Fleet) -> None:
     reserved = await manager.ask(PrepRecv("by hand", 0, prompt, engine="d"))
     await manager.ask(Release(reserved.kv))
     await Ref(fleet.client, fleet.actors["d"].ref.address).ask(Abort("nobody's"))
+    tracer = Ref(fleet.client, fleet.nodes["d"].address_of(TRACER))
+    await tracer.ask(GetMoment())
+    async with tracer.stream(GetRecords("request-1")) as past:
+        assert [records async for records in past]
+    async with tracer.stream(Follow(bodies="hashed", salt=b"salt", everything=True)) as records:
+        await anext(aiter(records))
 
 
 async def _misbehave(fleet: Fleet, hub: RecordingHub) -> None:

@@ -7,7 +7,7 @@ from fuzz.in_process import FuzzError, fuzz, fuzzed_fleet, on_fuzz_loop, replay
 from fuzz.over_zmq import run_over_zmq
 from fuzz.recorder import Corpus, record
 
-from callboard.actors import protocol
+from callboard.actors import protocol, trace_protocol
 from callboard.actors.directory import Directory
 from callboard.actors.protocol import Done, Unregister
 from callboard.bus import Ask, Message, Stream, Tell
@@ -23,7 +23,8 @@ def corpus() -> Corpus:
 
 
 def test_the_recording_has_every_frame_and_every_message(corpus: Corpus) -> None:
-    named = [kind for kind in vars(protocol).values() if inspect.isclass(kind) and issubclass(kind, Message)]
+    known = (*vars(protocol).values(), *vars(trace_protocol).values())
+    named = [kind for kind in known if inspect.isclass(kind) and issubclass(kind, Message)]
     messages = {kind.__name__ for kind in named if kind not in (Message, Ask, Stream, Tell)}
     assert messages - {kind.partition("/")[2] for kind in corpus} == NOT_SENT_ALONE
     assert {kind.__name__ for kind in AnyFrame.__args__} == {kind.partition("/")[0] for kind in corpus}

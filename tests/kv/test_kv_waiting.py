@@ -21,7 +21,7 @@ from callboard.actors.protocol import (
     SamplingParams,
     StartGenerate,
 )
-from callboard.bus import VirtualClock
+from callboard.bus import TapRecord, VirtualClock
 from callboard.bus.errors import ActorDied, LinkLost
 from callboard.bus.testing import run_virtual
 from callboard.bus.transports.inproc import InprocHub
@@ -151,7 +151,7 @@ def test_slots_outside_of_the_pool_are_refused_before_an_engine_computes() -> No
             reserved = await prep(fleet, "kv-d", prompt)
             forged = replace(reserved.kv, slots=(SlotRun(16 * 16, 40),))
             received: list[str] = []
-            fleet.nodes["p"].tap = lambda *record: received.append(record[4])
+            fleet.nodes["p"].follow(lambda row, _: received.append(TapRecord(*row).name), everything=True)
             with pytest.raises(StaleReservation, match="outside"):
                 await send(fleet, "kv-p", prompt, Reserved(forged, 0, 40, 0))
             assert "ComputeKv" not in received

@@ -5,6 +5,8 @@ import asyncio
 import pytest
 
 from callboard.actors.protocol import ListEntries
+from callboard.bus import TapRecord
+from callboard.bus.taps import decode_facts
 from callboard.kv.layout import OutOfBlocks
 from callboard.router import ScriptError
 
@@ -124,7 +126,9 @@ async def route(request: Request, fleet: Fleet):
     fleet.managers["kv-decode"].num_cached = 16
     await fleet.generate(headers={"x": "y"})
     why = {"engine": "decode", "cached": "16", "first": "[0, 1]", "headers": "{'x': 'y'}"}
-    assert fleet.router.spans.notes("r") == why
+    records = [TapRecord(*row) for row in fleet.router.node.trace.of("r")]
+    [facts] = [decode_facts(record.facts) for record in records if record.name == "attempt"]
+    assert {name: facts[f"why.{name}"] for name in why} == why
 
 
 async def test_a_router_is_in_the_directory_with_its_script(fleet):

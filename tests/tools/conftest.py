@@ -93,7 +93,7 @@ class Place:
         self.mark = f"CALLBOARD_TEST_MARK={folder.name}"
         name, _, value = self.mark.partition("=")
         base = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "COV_"))}
-        cache = {"XDG_CACHE_HOME": str(folder / "cache")}
+        cache = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
         self.env = {**base, **cache, name: value, "XDG_RUNTIME_DIR": str(self.runtime)}
         (folder / "my_actors.py").write_text(ACTORS)
 

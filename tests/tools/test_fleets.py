@@ -16,7 +16,7 @@ def test_a_users_actor_starts_from_a_fleet_file_and_answers(place: Any) -> None:
     row = place.row()
     assert (row["kind"], row["state"]) == ("actor", "ready")
     assert row["pid"] in place.processes()
-    assert place.callboard("logs").stdout.split() == ["control", "launcher", "ping"]
+    assert place.callboard("logs", "--list").stdout.split() == ["control", "launcher", "ping"]
     assert "ready" in place.callboard("logs", "ping").stdout
     assert "ping" in place.callboard("ps").stdout
     assert place.callboard("down").returncode == 0

@@ -1,0 +1,90 @@
+"""``callboard ps``: one line an actor, readable at 120 columns, and everything in JSON."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from served_fleet import ServedFleet
+
+from callboard.tools.units import format_count, format_span
+
+Eventually = Callable[..., None]
+
+
+def test_ps_shows_roles_uptime_load_blocks_lanes_and_the_script_in_120_columns(
+    place: Any, eventually: Eventually
+) -> None:
+    fleet = ServedFleet(place)
+    fleet.complete("x" * 100)
+    eventually(lambda: fleet.rows()["kv-cpu0"]["lanes"] != "")
+    heading, titles, *lines = place.callboard("ps").stdout.splitlines()
+    assert heading == f"Fleet test: ready at {fleet.url}/v1"
+    assert titles.split() == ["NAME", "ROLE", "MODEL", "STATE", "UP", "LOAD", "USED", "CACHED", "BLOCKS", "WITH"]
+    assert all(len(line.rstrip()) <= 120 for line in lines)
+    shown = {line.split()[0]: " ".join(line.split()) for line in lines}
+    assert re.fullmatch(r"decode engine \(decode\) tiny ready \d+s 0/0 kv-cpu1", shown["decode"])
+    assert re.fullmatch(r"main router ready \d+s disaggregate [0-9a-f]{12}", shown["main"])
+    rows = fleet.rows()
+    for name, lane in (("kv-cpu0", " kv-cpu1: shm"), ("kv-cpu1", "")):
+        row = rows[name]
+        numbers = f"{row['used_blocks']} {row['cached_blocks']} {row['num_blocks']}"
+        assert re.fullmatch(rf"{name} kv manager ready \d+s {numbers}{lane}", shown[name])
+    wide = place.callboard("ps", "test", "--wide").stdout
+    assert all(f"{row['pid']} " in wide and row["address"] in wide for row in rows.values())
+
+
+def test_ps_json_has_everything_of_an_engine_and_a_manager(place: Any, eventually: Eventually) -> None:
+    fleet = ServedFleet(place)
+    begin = time.time()
+    fleet.complete("x" * 100, max_tokens=5)
+    eventually(lambda: fleet.rows()["decode"]["counters"][2] == 5)
+    eventually(lambda: fleet.rows()["kv-cpu1"]["cached_blocks"] == 6)
+    rows = fleet.rows()
+    decode, manager = rows["decode"], rows["kv-cpu1"]
+    assert (decode["kind"], decode["roles"], decode["model"], decode["device"]) == (
+        "engine",
+        ["decode"],
+        "tiny",
+        "cpu:1",
+    )
+    assert (decode["manager"], decode["node"], decode["num_restarts"]) == ("kv-cpu1", "decode", 0)
+    assert time.time() - begin < decode["uptime_s"] < time.time() - begin + 60
+    assert decode["address"].endswith("/decode.sock#decode")
+    assert decode["decode_tps"] > 0
+    assert (manager["used_blocks"], manager["cached_blocks"], manager["quarantined_blocks"]) == (0, 6, 0)
+    assert manager["free_blocks"] == manager["num_blocks"]
+    assert (rows["main"]["script"], rows["main"]["counters"]) == ("disaggregate", None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0s"), (0.9, "0s"), (59, "59s"), (61, "1m 01s"), (3600, "1h 00m"), (86399, "23h 59m"), (200_000, "2d 7h")],
+)
+def test_a_span_is_told_by_its_two_largest_units(seconds: float, text: str) -> None:
+    assert format_span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (87.4, "87"),
+        (999.4, "999"),
+        (999.6, "1k"),
+        (4210, "4.21k"),
+        (123_456, "123k"),
+        (13.1e6, "13.1M"),
+        (5e9, "5G"),
+    ],
+)
+def test_a_count_takes_five_characters_at_most(number: float, text: str) -> None:
+    assert format_count(number) == text
+
+
+def test_a_fleet_at_an_address_where_none_is_ends_with_one_sentence(place: Any) -> None:
+    for command in ("ps", "top", "metrics"):
+        done = place.callboard(command, "demo@tcp://127.0.0.1:9")
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert "nobody listens at tcp://127.0.0.1:9" in done.stderr

@@ -1,0 +1,98 @@
+"""``callboard trace export`` on a running fleet and on a recording: what it writes, and what it says."""
+
+import argparse
+import io
+import sys
+from typing import Any
+
+import pytest
+from chrome_trace import read
+from served_fleet import ServedFleet
+
+from callboard.tools.errors import CliError
+from callboard.tools.trace import export
+
+
+@pytest.fixture
+def fleet(place: Any) -> ServedFleet:
+    made = ServedFleet(place)
+    for name in ("alpha-1", "alpha-2", "beta"):
+        assert made.complete(f"the quick brown fox, {name}", request_id=name)[0] == 200
+    return made
+
+
+def test_a_fleet_is_exported_to_every_tool(place: Any, fleet: ServedFleet) -> None:
+    wrote = place.callboard("trace", "export", "perfetto", "-o", "trace.json")
+    assert (wrote.returncode, wrote.stdout) == (0, "")
+    assert wrote.stderr == "trace.json: 3 requests: open it at https://ui.perfetto.dev\n"
+    trace = read((place.folder / "trace.json").read_bytes())
+    assert {each.args["request"] for each in trace.slices} == {"alpha-1", "alpha-2", "beta"}
+    assert [name for name in trace.threads.values() if "#" not in name] == [
+        "frontend",
+        "main",
+        "kv-cpu0",
+        "kv-cpu1",
+        "prefill",
+        "decode",
+    ]
+    assert {"prep_recv", "remote_send", "start_generate"} <= {target.name for _, target in trace.flows}
+    assert trace.about["fleet"] == "test"
+
+    wrote = place.callboard("trace", "export", "html", "alpha", "beta", "-o", "trace.html")
+    assert wrote.returncode == 2
+    assert '2 requests begin with "alpha": alpha-1, alpha-2' in wrote.stderr
+    assert not (place.folder / "trace.html").exists()
+    wrote = place.callboard("trace", "export", "html", "alpha-1", "bet", "-o", "trace.html")
+    assert (wrote.returncode, wrote.stderr) == (0, "trace.html: 2 requests: open it in a browser\n")
+    assert b'"id":"beta"' in (place.folder / "trace.html").read_bytes()
+    assert sorted(path.name for path in place.folder.glob("*trace.html*")) == ["trace.html"]
+
+    printed = place.callboard("trace", "export", "mermaid")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert printed.stdout.count("sequenceDiagram") == 1
+    assert place.callboard("trace", "export", "mermaid", "--last", "2").stdout.count("sequenceDiagram") == 2
+
+
+def test_a_recording_is_exported_as_the_fleet_is(place: Any, fleet: ServedFleet) -> None:
+    recording = place.start("trace", "record", "it.cbtrace", "--requests", "1")
+    assert recording.stderr is not None
+    recording.stderr.readline()
+    fleet.complete("what is recorded", request_id="recorded")
+    _, said = recording.communicate(timeout=30)
+    assert recording.returncode == 0, said
+    for to in ("perfetto", "html", "mermaid"):
+        of_fleet = place.callboard("trace", "export", to, "--last", "1", "-o", f"fleet.{to}")
+        of_file = place.callboard("trace", "export", to, "--last", "1", "--from", "it.cbtrace", "-o", f"file.{to}")
+        assert (of_fleet.returncode, of_file.returncode) == (0, 0), of_file.stderr
+    assert (place.folder / "fleet.mermaid").read_text() == (place.folder / "file.mermaid").read_text()
+    ours, theirs = (read((place.folder / f"{name}.perfetto").read_bytes()) for name in ("fleet", "file"))
+    assert [each.name for each in ours.slices] == [each.name for each in theirs.slices]
+    assert list(ours.threads.values()) == list(theirs.threads.values())
+
+
+def test_what_cannot_be_done_is_one_sentence(place: Any, fleet: ServedFleet) -> None:
+    (place.folder / "broken").write_bytes(b"no recording")
+    for words, sentence in (
+        (("perfetto", "gamma", "-o", "x"), 'no node remembers a request "gamma"'),
+        (("perfetto", "-o", "nowhere/x"), "cannot write nowhere/x: No such file or directory"),
+        (("html", "--last", "0", "-o", "x"), "--last 0 leaves nothing to export"),
+        (("html", "--from", "missing", "-o", "x"), "there is no recording missing"),
+        (("html", "--from", "broken", "-o", "x"), "is no recording"),
+        (("html", "--fleet", "other", "-o", "x"), 'no fleet "other" is running'),
+    ):
+        ran = place.callboard("trace", "export", *words)
+        assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
+        assert sentence in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+    assert not (place.folder / "x").exists()
+
+
+def test_a_page_is_not_poured_into_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    asked = argparse.Namespace(to="html", output=None, endpoint=None)
+    with pytest.raises(CliError, match=r"name a file, as in -o trace.html$"):
+        export.run(asked)

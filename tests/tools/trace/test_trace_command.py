@@ -1,0 +1,320 @@
+"""``callboard trace`` as users run it, on fleets of real processes: it shows, says what is wrong, and harms nothing."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_fleet import ServedFleet
+
+Eventually = Callable[..., None]
+
+
+class Output:
+    """A running ``callboard trace``, and the lines it has printed so far."""
+
+    def __init__(self, place: Any, *words: str) -> None:
+        self.process = place.start("trace", *words)
+        self.lines: list[str] = []
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def has(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in list(self.lines))
+
+    def end(self) -> str:
+        """Press Ctrl-C; return what was said on standard error."""
+        self.process.send_signal(signal.SIGINT)
+        return self.wait()
+
+    def wait(self) -> str:
+        """Wait for its end; return what was said on standard error."""
+        code = self.process.wait(20)
+        self._reading.join(20)
+        errors = str(self.process.stderr.read())
+        for pipe in (self.process.stdout, self.process.stderr):
+            pipe.close()
+        assert code == 0, errors
+        assert "Traceback" not in errors
+        return errors
+
+
+def requests_ended(lines: list[str]) -> list[str]:
+    """The requests whose HTTP answer is among lines of JSON."""
+    records = [json.loads(line) for line in list(lines)]
+    return [record["request"] for record in records if record.get("verb") == "http"]
+
+
+def test_past_and_present_are_told_and_ctrl_c_is_a_clean_end(place: Any, eventually: Eventually) -> None:
+    fleet = ServedFleet(place)
+    fleet.complete("What is it that you do?", request_id="early")
+    shown = Output(place)
+    eventually(lambda: shown.has("now following test: 5 nodes$"))
+    assert shown.has(r"main +→ decode +prep_recv +\d+ .* make room for the KV of \d+ tokens")
+    assert shown.has(r"client +← frontend +http .* POST /v1/completions answered 200")
+    fleet.complete("And then?", request_id="late")
+    eventually(lambda: shown.has("late .* answered 200"))
+    assert shown.end() == "callboard: left test, which runs on\n"
+    assert not shown.has("\x1b")
+    told = [line for line in shown.lines if " early " in line or " late " in line]
+    assert len([line for line in told if "start_generate" in line]) == 4
+
+
+def test_a_fleet_that_has_served_nothing_is_waited_for_and_its_end_is_told(place: Any, eventually: Eventually) -> None:
+    ServedFleet(place)
+    assert place.callboard("trace", "--no-follow").stderr == "callboard: fleet test remembers no request yet\n"
+    shown = Output(place)
+    eventually(lambda: shown.has("now following test: 5 nodes; waiting for requests"))
+    assert place.callboard("down").returncode == 0
+    assert shown.wait() == ""
+    assert shown.lines[-1].endswith("-- fleet test has ended")
+
+
+def test_what_is_wrong_is_one_sentence_and_exit_code_2(place: Any) -> None:
+    cases = {
+        (): 'no fleet is running: start one with "callboard up"',
+        ("--fleet", "demo"): 'no fleet "demo" is running: start one with "callboard up"',
+        ("--fleet", "tcp://127.0.0.1:1"): "nobody listens at tcp://127.0.0.1:1: is the fleet up",
+        ("--fleet", "tcp://nowhere"): '"tcp://nowhere" is no address of a fleet: write for example',
+        ("--fleet", "a@tcp://10.0.0.1:70"): "the fleet at tcp://10.0.0.1:70 wants its keys: name their directory",
+        ("--slower", "soon"): '--slower "soon" is no duration',
+    }
+    for words, sentence in cases.items():
+        expect_sentence(place, sentence, *words)
+    fleet = ServedFleet(place)
+    fleet.complete("Who?", request_id="known")
+    more = {
+        ("--request", "unknown"): 'no node remembers a request "unknown"',
+        ("--verb", "prepare"): 'there is no verb "prepare"',
+        ("--actor", "decoder"): 'there is no actor "decoder": did you mean decode?',
+        ("--fleet", "tets"): 'no fleet "tets" is running; running: test',
+    }
+    for words, sentence in more.items():
+        expect_sentence(place, sentence, *words)
+    expect_sentence(place, 'no node remembers a request "unknown"', "--request", "unknown", "--no-follow")
+
+
+def expect_sentence(place: Any, sentence: str, *words: str) -> None:
+    done = place.callboard("trace", "--format", "text", *words)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"callboard: {sentence}")
+
+
+def test_a_reader_that_leaves_ends_it_although_nothing_happens(place: Any) -> None:
+    ServedFleet(place).complete("Who?")
+    for words in (("--format", "jsonl"), ("--format", "text"), ("--no-follow",)):
+        trace = place.start("trace", *words)
+        assert trace.stdout.readline()
+        trace.stdout.close()
+        assert (trace.wait(10), trace.stderr.read()) == (0, "")
+        trace.stderr.close()
+
+
+def test_in_a_terminal_there_are_colours_and_q_leaves(place: Any) -> None:
+    ServedFleet(place).complete("Who?")
+    for more, has_colors in (({}, True), ({"NO_COLOR": "1"}, False)):
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-P", "-m", "callboard.tools.cli", "trace", "--format", "text"]
+        trace = subprocess.Popen(
+            command,
+            env={**place.env, "TERM": "xterm-256color", **more},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=lambda fd=theirs: __import__("fcntl").ioctl(fd, __import__("termios").TIOCSCTTY, 0),  # type: ignore[misc]
+        )
+        shown = b""
+        while b"now following" not in shown:
+            shown += os.read(ours, 4096)
+        os.write(ours, b"q")
+        assert trace.wait(10) == 0
+        assert trace.stderr is not None
+        assert b"left test" in trace.stderr.read()
+        trace.stderr.close()
+        for fd in (ours, theirs):
+            os.close(fd)
+        assert (b"\x1b[38;5;" in shown) == has_colors
+
+
+def test_a_killed_engine_is_told_of_and_followed_again(place: Any, eventually: Eventually) -> None:
+    fleet = ServedFleet(place)
+    fleet.complete("Who?", request_id="before")
+    shown = Output(place)
+    eventually(lambda: shown.has("now following"))
+    os.kill(fleet.rows()["decode"]["pid"], signal.SIGKILL)
+    eventually(lambda: shown.has("-- decode died: what it had noted and not told is lost"))
+    eventually(lambda: shown.has("-- decode is back, as a new process"))
+    eventually(lambda: fleet.complete("And now?", request_id="after")[0] == 200)
+    eventually(lambda: shown.has("after .* start_generate .* done"))
+    shown.end()
+
+
+def test_killed_tracers_are_forgotten_by_the_nodes(place: Any) -> None:
+    fleet = ServedFleet(place)
+    code = """
+import asyncio, sys
+from callboard.bus import Node
+from callboard.tools.running import find_fleet
+from callboard.tools.trace.attach import Follower
+from contextlib import AsyncExitStack
+
+async def main():
+    fleet = find_fleet(None)
+    async with AsyncExitStack() as stack:
+        followers = []
+        for number in range(32):
+            node = await stack.enter_async_context(Node(f"watcher-{number}", fleet="test"))
+            followers.append(await stack.enter_async_context(Follower(node, fleet)))
+        while not all(len(follower.nodes) == 5 for follower in followers):
+            await asyncio.sleep(0.02)
+        print("attached", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+    for _ in range(2):  # A node has room for 32.
+        watching = subprocess.Popen([sys.executable, "-c", code], env=place.env, stdout=subprocess.PIPE, text=True)
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == "attached\n"
+        refused = place.callboard("trace", "--format", "text", "--no-follow")
+        assert refused.returncode == 0
+        assert fleet.complete("Who?")[0] == 200
+        watching.kill()
+        watching.wait(10)
+        watching.stdout.close()
+
+
+def test_a_stopped_tracer_slows_nobody_and_catches_up(place: Any, eventually: Eventually) -> None:
+    fleet = ServedFleet(place)
+    shown = Output(place, "--format", "jsonl")
+    eventually(lambda: shown.has('"following"'))
+    wanted = []
+    for stop_s in (0.0, 8.0):  # Longer than the nodes wait for a peer that says nothing.
+        shown.process.send_signal(signal.SIGSTOP)
+        for number in range(40):
+            wanted.append(f"r{stop_s:.0f}-{number}")
+            assert fleet.complete("Who?", request_id=wanted[-1])[0] == 200
+        threading.Event().wait(stop_s)
+        shown.process.send_signal(signal.SIGCONT)
+        eventually(lambda: len(requests_ended(shown.lines)) >= len(wanted), 30.0)
+    eventually(lambda: shown.has('"kind":"back"'))
+    shown.end()
+    assert sorted(requests_ended(shown.lines)) == sorted(wanted)
+    notices = [json.loads(line) for line in shown.lines if '"notice"' in line]
+    assert not any(notice.get("num_lost") for notice in notices)
+
+
+def test_a_pipe_that_nobody_empties_loses_nothing_and_ctrl_c_still_ends_it(place: Any, eventually: Eventually) -> None:
+    fleet = ServedFleet(place)
+    trace = place.start("trace", "--format", "jsonl")
+    while '"following"' not in trace.stdout.readline():
+        pass
+    for number in range(60):  # More than a pipe holds, by far.
+        assert fleet.complete("Who?", request_id=f"r{number}")[0] == 200
+    threading.Event().wait(7.0)  # Longer than the nodes wait for a peer that says nothing.
+    lines = [trace.stdout.readline() for _ in range(1000)]
+    assert not any('"notice"' in line for line in lines)
+    trace.send_signal(signal.SIGINT)
+    trace.wait(10)
+    assert (trace.returncode, trace.stderr.read()) == (0, "callboard: left test, which runs on\n")
+    trace.stdout.close()
+    trace.stderr.close()
+
+
+def test_two_that_watch_from_one_process_do_not_take_each_other_for_the_same(place: Any) -> None:
+    ServedFleet(place)
+    code = """
+import asyncio
+from contextlib import AsyncExitStack
+from callboard.tools.bus_client import visitor
+from callboard.tools.running import find_fleet
+from callboard.tools.trace.attach import Follower
+
+async def main():
+    async with AsyncExitStack() as stack:
+        followers = []
+        for _ in range(3):
+            node = await stack.enter_async_context(visitor(find_fleet(None)))
+            followers.append(await stack.enter_async_context(Follower(node, find_fleet(None))))
+        await asyncio.sleep(2)
+        print([len(follower.nodes) for follower in followers])
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=place.env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[5, 5, 5]"
+
+
+def test_a_fleet_on_tcp_is_traced_by_its_address_with_its_key_alone(place: Any) -> None:
+    place.callboard("keys", "new")
+    place.callboard("keys", "new", "other")
+    fleet = ServedFleet(place, listen='keys = "keys"\nbus = "tcp://127.0.0.1:0"')
+    fleet.complete("Who?", request_id="mine")
+    at = fleet.rows()["main"]["address"].partition("#")[0]
+    elsewhere = place.folder / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    place.env["XDG_RUNTIME_DIR"] = str(elsewhere)
+    done = place.callboard("trace", "--fleet", f"test@{at}", "--keys", "keys", "--no-follow")
+    assert (done.returncode, " mine " in done.stdout) == (0, True), done.stderr
+    wrong = "is not that of a fleet"
+    cases = {
+        ("--fleet", f"test@{at}"): f"the fleet at {at} wants its keys: name their directory with --keys DIR",
+        ("--fleet", f"test@{at}", "--keys", "other"): f'the key in other {wrong} "test" at {at}',
+        ("--fleet", at, "--keys", "keys"): f'the key in keys {wrong} "default" at {at}',
+        ("--fleet", f"test@{at}", "--keys", "none"): "there is no key file none/fleet.key",
+    }
+    for words, sentence in cases.items():
+        expect_sentence(place, sentence, *words)
+    place.env["XDG_RUNTIME_DIR"] = str(place.runtime)
+
+
+def test_a_fleet_without_keys_is_traced_by_its_address_if_its_name_is_right(place: Any) -> None:
+    fleet = ServedFleet(place, listen='bus = "tcp://127.0.0.1:0"')
+    fleet.complete("Who?", request_id="mine")
+    at = fleet.rows()["main"]["address"].partition("#")[0]
+    done = place.callboard("trace", "--fleet", f"test@{at}", "--no-follow", "--format", "jsonl")
+    assert requests_ended(done.stdout.splitlines()) == ["mine"]
+    expect_sentence(place, f'the fleet at {at} is not named "default": give its name', "--fleet", at)
+
+
+HEAVY = ("torch", "transformers", "litestar", "uvicorn", "numpy", "triton", "httpx", "textual", "ray", "opentelemetry")
+
+
+@pytest.mark.parametrize("words", [["trace", "--help"], ["trace", "--no-follow"], ["trace", "--format", "text"]])
+def test_lines_load_nothing_heavy(place: Any, words: list[str]) -> None:
+    code = f"""
+import sys
+from callboard.tools.cli import main
+try:
+    main({words!r})
+    import callboard.tools.trace.lines
+except SystemExit:
+    pass
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=place.env, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_run_directory_and_the_logs_are_as_before(place: Any) -> None:
+    fleet = ServedFleet(place)
+    fleet.complete("Who?")
+    before = sorted(path for path in place.runtime.rglob("*"))
+    logs = {path: path.stat().st_size for path in Path(place.runtime).rglob("*.log")}
+    for words in (("--no-follow",), ("--request", "no")):
+        place.callboard("trace", "--format", "text", *words)
+    assert sorted(path for path in place.runtime.rglob("*")) == before
+    assert {path: path.stat().st_size for path in Path(place.runtime).rglob("*.log")} == logs

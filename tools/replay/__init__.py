@@ -1,0 +1,1 @@
+"""``callboard replay``: run the requests of a recording again, and say what differs."""

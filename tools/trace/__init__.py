@@ -1,0 +1,1 @@
+"""`callboard trace`: who did what for a request, live and afterwards."""
