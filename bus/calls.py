@@ -269,7 +269,7 @@ class Call:
     trace: str = ""
     """The W3C trace that it belongs to, 32 hex digits; empty for none."""
     sent_s: float = 0.0
-    """When the latest message was sent that was recorded as done for it, on the node's clock."""
+    """When something was sent for it, on the node's clock: the first since ``Place.begin_turn``."""
     heard_s: float = 0.0
     """When the latest end was heard of what was asked for it."""
 

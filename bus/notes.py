@@ -57,7 +57,7 @@ class Note:
             source, parent = call.actor, call.span
             if parent:
                 self._call = call
-                call.sent_s = self._begin
+                call.sent_s = call.sent_s or self._begin
         self._who = (actor, source, peer, name, request_id, span, parent)
         self._num_bytes = 0
         self._num_items = 0

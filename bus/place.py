@@ -7,7 +7,7 @@ import msgspec
 from .calls import Call
 from .clock import Clock
 from .deadlines import Deadlines
-from .notes import TURN_S
+from .notes import TURN_S, Turns
 from .taps import NO_BODY, NO_FACTS, REQUEST_ID, SPAN, Follower, Row, Trace, encode
 from .transports.contract import Transport
 
@@ -81,6 +81,11 @@ class Place:
                 *(msgspec.Raw(encode(facts)) if facts else NO_FACTS, NO_BODY),
             )
         )
+
+    def begin_turn(self, call: Turns | None) -> None:
+        """From here on it is the turn of a call's handler, until it sends something: ``call.sent_s``."""
+        if call is not None and call.span:
+            call.sent_s = 0.0
 
     def note_turn(self, call: Call | None, begin: float, name: str = "turn", *, end: float | None = None) -> None:
         """Record what kept an actor from its next message since ``begin``, if it took long: its process, mostly."""

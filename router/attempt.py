@@ -57,6 +57,7 @@ class Attempt:
         self._call = current_call()
         self._begin_s = self._script_s = begin_s
         self._num_verbs = 0
+        self._verb_s = begin_s
         self._is_scripting = False
         """The verbs under way are the first after what the script did by itself: that is still to be recorded."""
 
@@ -125,7 +126,8 @@ class Attempt:
     def _verb_begins(self) -> None:
         """From here on the script waits for the fleet."""
         if not self._num_verbs:
-            self._is_scripting = True
+            self._is_scripting, self._verb_s = True, self.node.clock.now()
+            self.node.begin_turn(self._call)
         else:
             self._note_script()
         self._num_verbs += 1
@@ -135,8 +137,7 @@ class Attempt:
         if self._is_scripting:
             self._is_scripting = False
             sent_s = 0.0 if self._call is None else self._call.sent_s
-            end_s = sent_s if sent_s > self._script_s else self.node.clock.now()
-            self.node.note(self._call, "script", self._script_s, end=end_s)
+            self.node.note(self._call, "script", self._script_s, end=max(sent_s, self._verb_s))
 
     def note_turn(self, begin_s: float) -> None:
         """Record that a verb goes on only now, if the router's process was at other things for long."""

@@ -22,7 +22,7 @@ from callboard.actors.protocol import Token
 from .errors import ScriptError
 
 SHIPPED = Path(__file__).parent / "scripts"
-MOST_SHOWN = 200
+MOST_SHOWN = 1000
 """Characters of the options that a record keeps."""
 EXAMPLE = "async def route(request: Request, fleet: Fleet, *, ratio: float = 0.2):"
 
@@ -41,8 +41,9 @@ class Script:
 
     @property
     def shown_options(self) -> str:
-        """The options as JSON, for people."""
-        return msgspec.json.encode(self.options, enc_hook=str).decode()[:MOST_SHOWN]
+        """The options as JSON; empty where that is too long to be kept with every request."""
+        text = msgspec.json.encode(self.options, enc_hook=str).decode()
+        return text if len(text) <= MOST_SHOWN else ""
 
 
 def shipped_scripts() -> list[str]:

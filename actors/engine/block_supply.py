@@ -55,6 +55,7 @@ class BlockSupply:
             message = Admit(
                 self._engine, sequence.sequence_id, pack_tokens(sequence.tokens), kv, wait_s, self._attachment.named
             )
+            node.begin_turn(call)
             admitted = await self._manager.ask(message, timeout=remaining_s)
             admitted_s = node.clock.now()
             if call is not None:

@@ -41,6 +41,8 @@ class Generation:
         self._ready = asyncio.Event()
         self._is_closed = False
         self._is_aborted = False
+        self._num_noted_prompt_tokens = self._num_noted_tokens = 0
+        """Of the phases that are over."""
         self._begin_s = now
         self._start_s: float | None = None
         self._first_token_s: float | None = None
@@ -118,11 +120,15 @@ class Generation:
         match self.phases.name:
             case "prefill" | "compute":
                 facts = {
-                    "num_tokens": sequence.num_written_prompt_tokens,
+                    "num_tokens": sequence.num_written_prompt_tokens - self._num_noted_prompt_tokens,
                     "num_cached_tokens": sequence.num_reused_tokens or 0,
                 }
+                self._num_noted_prompt_tokens = sequence.num_written_prompt_tokens
+                self._num_noted_tokens = sequence.num_output_tokens
             case "decode":
-                facts = {"num_tokens": sequence.num_output_tokens - 1, "num_preemptions": sequence.num_preemptions}
+                num_tokens = sequence.num_output_tokens - self._num_noted_tokens
+                facts = {"num_tokens": num_tokens, "num_preemptions": sequence.num_preemptions}
+                self._num_noted_tokens = sequence.num_output_tokens
         self.phases.enter(name, now, **facts)
 
     def put(self, item: Item, now: float) -> None:

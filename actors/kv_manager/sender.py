@@ -19,7 +19,19 @@ from callboard.actors.protocol import (
     RemoteSend,
     Sent,
 )
-from callboard.bus import FOREVER, ActorDied, Address, AskTimeout, BusError, Call, LinkLost, Ref, Refusal, current_call
+from callboard.bus import (
+    FOREVER,
+    ActorDied,
+    Address,
+    AskTimeout,
+    BusError,
+    Call,
+    LinkLost,
+    Node,
+    Ref,
+    Refusal,
+    current_call,
+)
 from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
 from callboard.kv.lanes import Lane, LaneClosed, MappedLane
@@ -184,7 +196,7 @@ class Sender:
         table = pack_tokens(loan.block_table)
         request = ComputeKv(loan.loan_id, loan.tokens, table, loan.num_cached_tokens, loan.attachment)
         computed, call, node = None, current_call(), self._manager.node
-        begin_s = _since(call, node.clock.now())
+        begin_s = _since(call, node)
         async with self._engine(loan).stream(request) as items:
             node.note_turn(call, begin_s, "lend", end=_sent(call))
             await transfer.send(0, loan.num_cached_tokens, range(message.kv.layout.num_layers))
@@ -241,7 +253,7 @@ class Sender:
                 raise
             manager.node.note_turn(call, begin_s, "tie", end=_sent(call))
             yield peer.ready.result()
-            begin_s = _since(call, manager.node.clock.now())
+            begin_s = _since(call, manager.node)
             closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=True)
             try:
                 await peer.ref.ask(closing)
@@ -269,9 +281,11 @@ class Sender:
                 return
 
 
-def _since(call: Call | None, now: float) -> float:
-    """Return since when it is this manager's turn: since it heard of the end of what it had asked last."""
-    return call.heard_s if call is not None and call.heard_s > call.sent_s else now
+def _since(call: Call | None, node: Node) -> float:
+    """Begin this manager's turn; return since when it is: since it heard of the end of what it had asked last."""
+    begin_s = call.heard_s if call is not None and call.heard_s > call.sent_s else node.clock.now()
+    node.begin_turn(call)
+    return begin_s
 
 
 def _sent(call: Call | None) -> float | None:

@@ -66,9 +66,10 @@ async def test_times_are_those_that_passed(door: Any) -> None:
     ttft = value(found, "callboard_time_to_first_token_seconds_sum")
     gaps = value(found, "callboard_inter_token_latency_seconds_sum")
     whole = value(found, "callboard_e2e_request_latency_seconds_sum")
-    assert 0.2 <= ttft < whole
-    assert 0.2 <= gaps < whole
-    assert ttft + gaps <= whole
+    # A token may be late, and is then nearer to the next: only sums have lower ends. Timers are early by a bit.
+    assert ttft >= 0.19
+    assert 0.39 <= ttft + gaps <= whole
+    assert gaps > 0.0
     assert value(found, "callboard_request_time_per_output_token_seconds_sum") == pytest.approx(gaps / 2)
 
 

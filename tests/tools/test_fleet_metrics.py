@@ -47,10 +47,14 @@ def test_a_scrape_of_a_fleet_says_what_went_through_it_to_the_token(place: Any, 
     hits = 2 * (100 // BLOCK_SIZE * BLOCK_SIZE)
     token_bytes = 2 * 2 * 2 * 16 * 4  # Keys and values of 2 layers, 2 heads of 16 numbers in float32.
     http = {"model_name": "tiny", "endpoint": "completions", "status": "200"}
+    num_cached = (150 + 6) // BLOCK_SIZE  # Of the fourth prompt and its answer; the others share them, or fill none.
     found = awaited(
         fleet,
         eventually,
         ("prompt_tokens_total", engine("decode"), num_prompt),
+        ("kv_blocks", {"kv_manager": "kv-cpu1", "state": "cached"}, num_cached),
+        ("kv_blocks", {"kv_manager": "kv-cpu1", "state": "used"}, 0),
+        ("kv_blocks", {"kv_manager": "kv-cpu1", "state": "quarantined"}, 0),
         ("prompt_tokens_total", engine("prefill"), 0),
         ("computed_prompt_tokens_total", engine("prefill"), num_prompt - hits),
         ("computed_prompt_tokens_total", engine("decode"), 0),
@@ -73,11 +77,8 @@ def test_a_scrape_of_a_fleet_says_what_went_through_it_to_the_token(place: Any, 
         ("bus_links", {"node": "control"}, 4),
         ("directory_up", {}, 1),
     )
-    row = fleet.rows()["kv-cpu1"]
     blocks = {state: value(found, "callboard_kv_blocks", kv_manager="kv-cpu1", state=state) for state in STATES}
-    assert sum(blocks.values()) == row["num_blocks"]
-    assert (blocks["used"], blocks["cached"], blocks["quarantined"]) == (0, row["cached_blocks"], 0)
-    assert row["cached_blocks"] >= 150 // BLOCK_SIZE
+    assert sum(blocks.values()) == fleet.rows()["kv-cpu1"]["num_blocks"]
 
 
 def test_an_engine_that_restarts_begins_anew_and_everything_else_goes_on(place: Any, eventually: Eventually) -> None:
@@ -88,7 +89,7 @@ def test_an_engine_that_restarts_begins_anew_and_everything_else_goes_on(place: 
     computed = ("computed_prompt_tokens_total", engine("prefill"), 40 + 2 * 8)
     before = awaited(fleet, eventually, ("request_success_total", ended, 3), computed)
     os.kill(fleet.rows()["decode"]["pid"], signal.SIGKILL)
-    eventually(lambda: fleet.rows()["decode"]["num_restarts"] == 1)
+    eventually(lambda: fleet.rows().get("decode", {}).get("num_restarts") == 1)
     eventually(lambda: fleet.get("/health/ready")[0] == 200)
     assert fleet.complete("x" * 40)[0] == 200
     after = awaited(fleet, eventually, ("request_success_total", ended, 1))

@@ -51,18 +51,19 @@ def tape(path: Path) -> Tape:
 
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize(
-    ("script", "engines"),
+    ("script", "engines", "is_shared"),
     [
-        ("disaggregate", ("d0", "d1", "p0", "p1")),
-        ("balanced", ("d0", "p0", "p1")),
-        ("least_loaded", ("x0", "x1", "x2")),
+        ("disaggregate", ("d0", "d1", "p0", "p1"), False),
+        ("disaggregate", ("d0", "p0", "p1"), True),
+        ("balanced", ("d0", "p0", "p1"), False),
+        ("least_loaded", ("x0", "x1", "x2"), False),
     ],
 )
 def test_a_replay_decides_as_was_recorded_and_takes_as_long(
-    tmp_path: Path, script: str, engines: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, script: str, engines: tuple[str, ...], is_shared: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.rec"
-    record(path, load(60), script=script, engines=engines)
+    record(path, load(60), script=script, engines=engines, is_shared=is_shared)
     report = replay(path, capsys=capsys)
     assert len(report.requests) == 60
     assert [row.id for row in report.requests if row.decisions[0] != row.decisions[1] or not row.decisions[0]] == []

@@ -161,7 +161,7 @@ def test_a_control_process_that_is_restarted_is_waited_for(place: Any, eventuall
     assert process.stdout is not None
     frames = [msgspec.json.decode(process.stdout.readline(), type=Frame)]
     os.kill(fleet.rows()["main"]["pid"], signal.SIGKILL)
-    eventually(lambda: fleet.rows()["main"]["num_restarts"] == 1 and len(fleet.rows()) == 6)
+    eventually(lambda: len(rows := fleet.rows()) == 6 and rows.get("main", {}).get("num_restarts") == 1)
     frames += [msgspec.json.decode(process.stdout.readline(), type=Frame) for _ in range(20)]
     assert len(frames[-1].engines) == 2
     assert frames[-1].frontends[0].num_in_flight == 0

@@ -79,7 +79,7 @@ class Asking:
         except (BusError, TimeoutError):
             pass  # Its end is recorded, as everything else is.
         self._num_done += 1
-        seconds = f"{self._node.clock.now() - began:.1f} {'simulated ' * self._node.clock.is_virtual}s"
+        seconds = f"{self._node.clock.now() - began:.1f} s{' simulated' * self._node.clock.is_virtual}"
         self._show(f"replayed {self._num_done:,} of {num:,} requests, {seconds}")
 
     def _patience(self, request: RecordedRequest) -> float | None:

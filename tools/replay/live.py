@@ -8,7 +8,7 @@ from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.protocol import Entry, ListEntries
 from callboard.actors.registration import DirectoryView
 from callboard.bus import Address, BusError, Node, Ref
-from callboard.bus.taps import TapRecord, finished
+from callboard.bus.taps import Row, TapRecord, finished
 from callboard.bus.tasks import Tasks
 from callboard.router.actor import RouterActor
 from callboard.tools.bus_client import visitor, why_not
@@ -111,9 +111,7 @@ class _Session:
     async def run(self, router: Router | None, *, speed: float, show: Show) -> Live:
         """Follow the fleet, ask, and wait for what is told of it."""
         node = self._node
-        # What happens at this node is told without a tracer.
-        follow = lambda row, _: self._take(event_of(TapRecord(*finished(row)), node.name))  # noqa: E731
-        node.follow(follow)
+        node.follow(self._take_own)
         tasks = Tasks(self._broke)
         try:
             async with Follower(node, self._fleet, with_past=False) as follower:
@@ -140,7 +138,7 @@ class _Session:
             raise why_not(self._fleet, error) from None
         finally:
             await tasks.cancel()
-            node.unfollow(follow)
+            node.unfollow(self._take_own)
         if self._error is not None:
             raise self._error
         return Live(self._finish(), asked, script, tuple(self._notes))
@@ -195,6 +193,10 @@ class _Session:
                         self._take(item)
         finally:
             following.set()
+
+    def _take_own(self, row: Row, message: object) -> None:
+        """Take what happens at this node, which has no tracer."""
+        self._take(event_of(TapRecord(*finished(row)), self._node.name))
 
     def _take(self, event: Event) -> None:
         if event.record.request_id.startswith(self._mark):

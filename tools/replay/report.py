@@ -328,9 +328,16 @@ class Progress:
         self._is_shown = sys.stderr.isatty()
         self._next = 0.0
 
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
     def __call__(self, text: str) -> None:
-        """Show a text; an empty one takes the line away."""
+        """Show a text in place of the last one."""
         now = time.monotonic()
-        if self._is_shown and (now >= self._next or not text):
+        if self._is_shown and now >= self._next:
             self._next = now + PROGRESS_S
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

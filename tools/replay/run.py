@@ -55,14 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     fleet = None
     if _is_live(arguments):
         fleet = open_fleet(arguments.fleet, keys=arguments.keys)
-    progress = Progress()
-    tape = read_tape(arguments.file, is_partial=arguments.partial, limit=arguments.limit, show=progress)
-    with _without_logs():
+    with Progress() as progress, _without_logs():
+        tape = read_tape(arguments.file, is_partial=arguments.partial, limit=arguments.limit, show=progress)
         if fleet is None:
             replayed = _simulated(arguments, tape, options, progress)
         else:
             replayed = _live(arguments, tape, fleet, options, progress)
-    progress("")
     pairs = _pairs(tape, replayed.outcomes)
     if not pairs:
         raise CliError("nothing was recorded of the replay: no request can be compared")

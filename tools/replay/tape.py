@@ -63,7 +63,6 @@ def read_tape(path: str, *, is_partial: bool, limit: int | None, show: Show) -> 
                 costs.add(event)
                 shape.add(event)
             show(f"read {recording.whole.num_records:,} records")
-    show("")
     whole = recording.whole
     notes += [f"{whole.damage}; {whole.num_skipped} bytes were skipped"] if whole.damage else []
     notes += [f"{whole.num_lost} records were lost while it was recorded"] if whole.num_lost else []

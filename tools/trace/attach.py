@@ -22,7 +22,7 @@ from .event import Event
 from .followed import Followed, events_of
 from .notice import Notice, NoticeKind
 
-MOST_WAITING = 20_000
+MOST_WAITING = 10_000
 """Events that wait for the reader, at most, and what is under way; then nodes are read no more."""
 CREDIT = 8
 """Batches under way from one node."""

@@ -90,7 +90,7 @@ def _head(story: Story, found: Breakdown, now: float | None) -> list[Text]:
 
 def _percent(share: float) -> str:
     """Return a share; never 100% for less."""
-    return f"{math.floor(share * 1000) / 10:.1f}%" if share < 1 else "100%"
+    return f"{math.floor(share * 1000) / 10:.1f}%" if share < 1 - 1e-9 else "100%"
 
 
 def _options(story: Story) -> str:

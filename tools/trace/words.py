@@ -93,24 +93,31 @@ def _start_generate(spans: Sequence[Span]) -> str:
 
 
 def _computing(spans: Sequence[Span]) -> str:
-    span, facts = spans[0], spans[0].facts
+    facts, seconds = spans[0].facts, sum(span.seconds for span in spans)
     if "num_tokens" not in facts:
         return ""
-    said = [count(facts["num_tokens"], "token")]
+    num_tokens, num_steps = _sum(spans, "num_tokens"), _sum(spans, "num_steps")
+    said = [count(num_tokens, "token")]
     if cached := facts.get("num_cached_tokens"):
-        said[0] = f"{said[0]} ({cached:,} cached)" if facts["num_tokens"] else f"all {count(cached, 'token')} cached"
-    if facts.get("num_preemptions"):
-        said[0] += f", preempted {count(facts['num_preemptions'], 'time')}"
-    if facts["num_tokens"] and (rate := per_second(facts["num_tokens"], span.seconds)):
+        said[0] = f"{said[0]} ({cached:,} cached)" if num_tokens else f"all {count(cached, 'token')} cached"
+    if num_preemptions := spans[-1].facts.get("num_preemptions"):
+        said[0] += f", preempted {count(num_preemptions, 'time')}"
+    if num_tokens and (rate := per_second(num_tokens, seconds)):
         said.append(f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s")
-    if facts.get("num_steps"):
-        steps = count(facts["num_steps"], "step")
-        if "step_s" in facts and (between_s := facts.get("between_s", 0.0)) >= 0.01 * span.seconds:
-            steps += f" ({ms(facts['step_s'])} in steps, {ms(between_s)} between)"
+    if num_steps:
+        step_s, between_s = _sum(spans, "step_s"), _sum(spans, "between_s")
+        steps = count(num_steps, "step")
+        if between_s >= 0.01 * seconds:
+            steps += f" ({ms(step_s)} in steps, {ms(between_s)} between)"
         said.append(steps)
-        if facts.get("batch"):
-            said.append(f"mean batch {facts['batch']:.1f}")
+        batched = sum(span.facts.get("batch", 0.0) * span.facts.get("num_steps", 0) for span in spans)
+        if batched:
+            said.append(f"mean batch {batched / num_steps:.1f}")
     return "; ".join(said)
+
+
+def _sum(spans: Sequence[Span], name: str) -> float:
+    return float(sum(span.facts.get(name, 0) for span in spans))
 
 
 def _send(spans: Sequence[Span]) -> str:

@@ -6,12 +6,12 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_trace import Shape, Writer, disaggregated
 
 from callboard.bus.taps import ENDED
 from callboard.tools.trace.breakdown import PRIORITY, Breakdown, breakdown
 from callboard.tools.trace.event import Event
 from callboard.tools.trace.story import assemble
-from tests.synthetic_trace import Shape, Writer, disaggregated
 
 
 def of(events: list[Event]) -> Breakdown:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
+from synthetic_trace import Writer, disaggregated
 
 from callboard.bus.taps import ANSWERED, ENDED, RECEIVED, SENT
 from callboard.tools.trace.causality import causes, clocks_of, in_order
 from callboard.tools.trace.event import Event
 from callboard.tools.trace.story import assemble
-from tests.synthetic_trace import Writer, disaggregated
 
 ROUNDING_S = 1e-7
 

@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import running_fleet
 from rich.console import Console
+from synthetic_trace import Shape, Writer, disaggregated, whole
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
-from callboard.actors.protocol import SamplingParams
+from callboard.actors.protocol import Generate, SamplingParams
 from callboard.bus import VirtualClock
 from callboard.bus.taps import TapRecord, finished
 from callboard.bus.testing import run_virtual
+from callboard.kv.tokens import pack_tokens
 from callboard.tools.cli import main
 from callboard.tools.errors import CliError
 from callboard.tools.trace.breakdown import breakdown
 from callboard.tools.trace.event import Event, event_of
 from callboard.tools.trace.explain import Source, pick
-from callboard.tools.trace.explained import as_json, print_text
+from callboard.tools.trace.explained import as_json, mean_itl_s, print_text
 from callboard.tools.trace.past import collect
 from callboard.tools.trace.story import Story, assemble
 from callboard.tools.trace.waterfall import bar, lines_of, walk
-from tests.fleet import running_fleet
-from tests.synthetic_trace import Shape, Writer, disaggregated, whole
 
 
 def story_of(events: Iterable[Event]) -> Story:
@@ -232,8 +233,9 @@ STEP_S, PREFILL_S, DECODE_S = 0.01, 0.001, 0.002
 COSTS = Simulation(seconds_per_step=STEP_S, seconds_per_prefill_token=PREFILL_S, seconds_per_decode=DECODE_S)
 
 
-async def _served(prompts: list[int], num_tokens: int) -> dict[str, Story]:
-    async with running_fleet(layout=SimulatedRunner(COSTS).layout, clock=VirtualClock(), simulated=COSTS) as fleet:
+async def _served(prompts: list[int], num_tokens: int, **settings: Any) -> dict[str, Story]:
+    layout = SimulatedRunner(COSTS).layout
+    async with running_fleet(layout=layout, clock=VirtualClock(), simulated=COSTS, **settings) as fleet:
         for index, num_prompt in enumerate(prompts):
             sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
             await fleet.generate(list(range(num_prompt)), sampling, request_id=f"r{index}")
@@ -268,3 +270,67 @@ def test_what_is_cached_is_not_sent_again_and_the_words_say_so() -> None:
     story = run_virtual(lambda: _served([96, 96], 2))["r1"]
     assert "96 of 96 tokens in its cache, nothing to receive" in text_of(story)
     assert "remote_send" not in {span.name for span in story.sub_requests}
+
+
+def test_what_a_slow_reader_holds_up_is_told_as_unread() -> None:
+    """Nobody reads for 20 s: credit runs out at the router, then at the engine, which pauses."""
+
+    async def main() -> Story:
+        costs, sampling = Simulation(seconds_per_step=0.001), SamplingParams(max_tokens=3000, ignore_eos=True)
+        layout, clock = SimulatedRunner(costs).layout, VirtualClock()
+        async with running_fleet(
+            layout=layout, clock=clock, simulated=costs, engines=("e",), script="round_robin"
+        ) as fleet:
+            message = Generate("slow", "tiny", pack_tokens(list(range(50))), sampling)
+            async with fleet.router.stream(message, timeout=1000) as tokens:
+                await anext(tokens)
+                await clock.sleep(20)
+                async for _ in tokens:
+                    pass
+            past = await collect(fleet.client, fleet.actors["directory"].ref.address)
+        return story_of(event for event in past.events if event.record.request_id == "slow")
+
+    story = run_virtual(main)
+    found = breakdown(story)
+    assert found.share == pytest.approx(1.0)
+    assert {category: round(seconds, 1) for category, seconds in found.by_category().items()} == {
+        "credit": 19.2,
+        "compute": 3.0,
+    }
+    rows = {line.split()[1]: line for line in text_of(story).splitlines() if line.startswith(("├", "└", "│"))}
+    assert "2,999 tokens; 1,000 tokens/s; 2,999 steps; mean batch 1.0" in rows["decode"]
+    assert "nobody read its tokens" in rows["paused"]
+    assert mean_itl_s(story) == pytest.approx(0.001)
+
+
+THINKS = """
+import asyncio
+from callboard.router import Fleet, Request, Tokens
+
+async def route(request: Request, fleet: Fleet, *, think_s: float = 0.5) -> Tokens:
+    [p] = [engine for engine in fleet.engines if engine.name == "p"]
+    [d] = [engine for engine in fleet.engines if engine.name == "d"]
+    await asyncio.sleep(think_s)
+    request.note(chosen=d.name)
+    kv, _ = await asyncio.gather(d.prep_recv(request), p.prep_recv(request))
+    await asyncio.sleep(think_s / 2)
+    await p.remote_send(request, kv)
+    async for token in d.start_generate(request, kv=kv):
+        yield token
+    await asyncio.sleep(think_s / 5)
+"""
+
+
+def test_the_scripts_own_time_is_what_lies_between_its_verbs(tmp_path: Path) -> None:
+    script = tmp_path / "thinks.py"
+    script.write_text(THINKS)
+    story = run_virtual(lambda: _served([50], 3, script=str(script), options={"think_s": 1.0}))["r0"]
+    found = breakdown(story)
+    assert found.share == pytest.approx(1.0)
+    assert found.by_category()["script"] == pytest.approx(1.7)
+    spans = [span for span in story.spans if span.name == "script"]
+    # Before the two verbs at once, then before remote_send, before start_generate (at once), and after its last token.
+    assert [round(span.seconds, 6) for span in spans] == [1.0, 0.5, 0.0, 0.2]
+    text = text_of(story)
+    assert "Script thinks" in text
+    assert "(think_s=1.0), noted chosen=d" in text

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from real_fleet import RealFleet, real_fleet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from callboard.actors.engine.simulated import Simulation
@@ -17,7 +19,6 @@ from callboard.actors.protocol import ListEntries
 from callboard.tools.trace.breakdown import breakdown
 from callboard.tools.trace.past import collect
 from callboard.tools.trace.story import Story, assemble
-from tests.real_fleet import RealFleet, real_fleet
 
 NUM_REQUESTS = int(os.environ.get("CALLBOARD_TEST_REQUESTS", "20"))
 CONCURRENCY = 16
@@ -88,7 +89,7 @@ async def test_of_each_request_under_load_98_percent_of_the_time_is_explained(fl
 
         async def one(index: int) -> None:
             async with free:
-                prompt = "".join(chr(97 + (index * index + 7 * at) % 26) for at in range(40 + 37 * index % 800))
+                prompt = "".join(random.Random(index).choices("abcdefgh", k=40 + 37 * index % 800))
                 tokens = 12 + index % 24
                 reply = await ask(http, f"load-{index}", prompt=prompt, max_tokens=tokens, stream=index % 2 == 1)
                 assert reply.status_code == 200, reply.text

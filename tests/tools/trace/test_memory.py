@@ -18,7 +18,8 @@ from callboard.bus.taps import ANSWERED, ENDED, NO_BODY, NO_FACTS, RECEIVED, SEN
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MOST_BEHIND = 10_000
-MOST_GROWTH = 12 << 20
+MOST_GROWTH = 24 << 20
+"""What waits while the machine is busy with other things is bounded too, and the allocator keeps it."""
 FACTS = msgspec.Raw(msgspec.msgpack.encode({"num_tokens": 312, "engine": "decode", "attempt": 0}))
 CALLS = ("Generate", "PrepRecv", "RemoteSend", "StartGenerate")
 
@@ -93,7 +94,7 @@ async def pass_through(num_records: int, form: str) -> tuple[int, int, int, list
 
 @pytest.mark.parametrize("form", ["text", "jsonl"])
 async def test_memory_stays_flat_while_records_pass(form: str) -> None:
-    num, lines, lost, memory = await pass_through(100_000, form)
+    num, lines, lost, memory = await pass_through(150_000, form)
     assert lost == 0
     if form == "jsonl":
         assert lines >= num

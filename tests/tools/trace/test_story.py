@@ -8,8 +8,10 @@ from functools import cache
 
 import msgspec
 import pytest
+from fleet import running_fleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_trace import Shape, Writer, disaggregated, whole
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
 from callboard.actors.protocol import SamplingParams
@@ -19,8 +21,6 @@ from callboard.bus.testing import run_virtual
 from callboard.bus.transports.sim import SimHub
 from callboard.tools.trace.event import Event, event_of
 from callboard.tools.trace.story import Span, Story, assemble, verb_of
-from tests.fleet import running_fleet
-from tests.synthetic_trace import Shape, Writer, disaggregated, whole
 
 
 def story_of(events: list[Event], request_id: str = "r") -> Story:

@@ -55,7 +55,7 @@ async def _svg(name: str | None, width: int, height: int, keys: str) -> str:
                 await pilot.press(key)
                 await pilot.pause(0.3)
             svg = app.export_screenshot()
-    svg = re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"@font-face\s*\{.*?\}|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = svg.replace("Fira Code", "DejaVu Sans Mono")
     for before, after in INK.items():
         svg = svg.replace(before, after)
