@@ -21,10 +21,18 @@ from .trace_protocol import Follow, GetMoment, GetRecords, Moment, Records
 
 MOST_WAITING = 50_000
 """Records that wait for one follower: some 30 MB, and a second of a thousand requests/s."""
+MOST_WAITING_BYTES = 32 << 20
+"""The same of their bodies."""
 MOST_AT_ONCE = 200
 """Records of one message: it should not hold up tokens behind it."""
+MOST_BYTES_AT_ONCE = 128 << 10
+"""Bodies of one message, but for a longer one, which is alone."""
+MOST_BODY = 8 << 20
+"""A record without its body, where that is longer: a message about a message must still be one."""
 SHORTEST_S = 0.01
 MOST_FOLLOWERS = 32
+SECRET = ("headers", "salt")
+"""Fields of messages that are in no body but a full one."""
 HASH_BLOCK = 16
 HASH_BYTES = 8
 
@@ -58,9 +66,14 @@ class Tracer(Actor):
         return Moment(node.clock.now(), node.clock.wall(), host, node.incarnation)
 
     async def on_get_records(self, message: GetRecords) -> AsyncIterator[Records]:
-        rows = self._past(message.of)
-        for begin in range(0, len(rows) or 1, MOST_AT_ONCE):
-            yield _records(rows[begin : begin + MOST_AT_ONCE], is_past=True)
+        rows: list[Row] = []
+        for request_id in self._remembered(message.of):  # One after another: who does not read keeps none of them.
+            rows += self.node.trace.rows_of(request_id)
+            while len(rows) > MOST_AT_ONCE:
+                yield _records(rows[:MOST_AT_ONCE], is_past=True)
+                del rows[:MOST_AT_ONCE]
+                await asyncio.sleep(0)  # Others have their turn.
+        yield _records(rows, is_past=True)
 
     async def on_follow(self, message: Follow) -> AsyncIterator[Records]:
         if message.bodies == "full" and self.config.prompts != "full":
@@ -69,8 +82,9 @@ class Tracer(Actor):
         if len(self._followers) >= MOST_FOLLOWERS:
             raise BadRequest(reason=f"{MOST_FOLLOWERS} tracers follow this node already")
         # At once with the ring's content: nothing lies between what is past and what is to come.
-        past = self._past("") if message.with_past else []
-        num_before = self.node.trace.num_made - len(past)
+        trace = self.node.trace
+        past = [row for known in trace.request_ids() for row in trace.rows_of(known)] if message.with_past else []
+        num_before = trace.num_made - len(past)
         follower = _Follower(message)
         self._followers.append(follower)
         self.node.follow(follower.take, everything=message.everything)
@@ -80,6 +94,7 @@ class Tracer(Actor):
                 rows = past[begin : begin + MOST_AT_ONCE]
                 num_records += len(rows)
                 yield _records(rows, is_past=True, num_records=num_records, num_before=num_before)
+                await asyncio.sleep(0)  # Others have their turn.
             every_s = max(SHORTEST_S, message.every_s)
             while True:
                 await follower.wait()
@@ -87,18 +102,15 @@ class Tracer(Actor):
                     rows, num_lost = follower.take_out()
                     num_records += len(rows) + num_lost
                     yield _records(rows, num_lost=num_lost, num_records=num_records)
+                    await asyncio.sleep(0)
                 await self.node.clock.sleep(every_s)
         finally:
             self.node.unfollow(follower.take)
             self._followers.remove(follower)
 
-    def _past(self, request_id: str) -> list[Row]:
-        trace = self.node.trace
-        if request_id:
-            wanted = [known for known in trace.request_ids() if _is_of(known, request_id)]
-        else:
-            wanted = trace.request_ids()
-        return [row for known in wanted for row in trace.of(known)]
+    def _remembered(self, request_id: str) -> list[str]:
+        known = self.node.trace.request_ids()
+        return [each for each in known if _is_of(each, request_id)] if request_id else known
 
 
 class _Follower:
@@ -106,20 +118,27 @@ class _Follower:
 
     def __init__(self, message: Follow) -> None:
         self.message = message
-        self.rows: deque[Row] = deque()
-        self.num_lost = 0
+        self.rows: deque[Row | int] = deque()
+        """And, at its place between them, a number: so many were lost."""
+        self._num_bytes = 0
+        """Of the bodies that wait."""
         self._filled = asyncio.Event()
         self._write = None if message.bodies == "none" else body_writer(message)
 
     def take(self, row: Row, message: Any) -> None:
         # Hot: once per record (bench/taps.py).
-        if len(self.rows) >= MOST_WAITING:
-            self.num_lost += 1
+        if len(self.rows) >= MOST_WAITING or self._num_bytes >= MOST_WAITING_BYTES:
+            last = self.rows[-1]
+            if isinstance(last, int):
+                self.rows[-1] = last + 1
+            else:
+                self.rows.append(1)
             return
         if not self.rows:
             self._filled.set()
         if message is not None and self._write is not None:
             row = (*finished(row)[:BODY], self._write(message))
+        self._num_bytes += len(row[BODY])
         self.rows.append(row)
 
     async def wait(self) -> None:
@@ -129,12 +148,18 @@ class _Follower:
             await self._filled.wait()
 
     def take_out(self) -> tuple[list[Row], int]:
-        """Return the oldest records, and how many were lost before them."""
-        rows = [finished(self.rows.popleft()) for _ in range(min(len(self.rows), MOST_AT_ONCE))]
-        # They were lost behind all that waited: told with the last of that.
-        num_lost = 0
-        if not self.rows:
-            num_lost, self.num_lost = self.num_lost, 0
+        """Return the oldest records, perhaps none, and how many were lost just before them."""
+        waiting, rows, num_lost, num_bytes = self.rows, list[Row](), 0, 0
+        if isinstance(waiting[0], int):
+            num_lost = waiting[0]
+            waiting.popleft()
+        while waiting and len(rows) < MOST_AT_ONCE and not isinstance(row := waiting[0], int):
+            num_bytes += len(row[BODY])
+            if rows and num_bytes > MOST_BYTES_AT_ONCE:
+                break
+            self._num_bytes -= len(row[BODY])
+            rows.append(row)
+            waiting.popleft()
         return rows, num_lost
 
 
@@ -146,7 +171,7 @@ def _is_of(known: str, request_id: str) -> bool:
 def _records(
     rows: list[Row], *, is_past: bool = False, num_lost: int = 0, num_records: int = 0, num_before: int = 0
 ) -> Records:
-    records = tuple(TapRecord(*row) for row in rows)
+    records = tuple(TapRecord(*finished(row)) for row in rows)
     return Records(records, is_past, num_lost, num_records, num_before)
 
 
@@ -157,7 +182,7 @@ def body_writer(message: Follow) -> Callable[[Any], msgspec.Raw]:
     """Return what makes the body of a record: a message's fields as a map, in msgpack.
 
     With ``hashed`` bodies token ids become ``{num_tokens, block_size, hashes}``, a salted hash of 8 bytes for each
-    block of 16 tokens, and headers are left out.
+    block of 16 tokens, and headers are left out; and so is the salt of another who follows.
     """
     encode = msgspec.msgpack.Encoder(enc_hook=str).encode
     is_full, salt = message.bodies == "full", message.salt[:64]
@@ -168,11 +193,13 @@ def body_writer(message: Follow) -> Callable[[Any], msgspec.Raw]:
             for name, value in fields.items():
                 if name in TOKENS and type(value) is bytes:
                     fields[name] = hashed(value, salt)
-            fields.pop("headers", None)
+            for name in SECRET:
+                fields.pop(name, None)
         try:
-            return msgspec.Raw(encode(fields))
-        except (TypeError, ValueError, OverflowError, RecursionError):
+            body = encode(fields)
+        except Exception:  # Whoever watches must not end what is watched.
             return NO_BODY
+        return msgspec.Raw(body) if len(body) <= MOST_BODY else NO_BODY
 
     return write
 

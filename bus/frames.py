@@ -4,7 +4,7 @@ A frame's ``body`` is the actor's message, encoded in place; on arrival it stays
 decodes it as one of the types it handles. Frames are positional: append only, and count PROTOCOL_VERSION up.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -123,8 +123,8 @@ class TracedPost(Post, frozen=True, tag=14):
     ``trace`` is the W3C trace that it belongs to, 32 hex digits; empty for none.
     """
 
-    span: int = 0
-    trace: str = ""
+    span: Annotated[int, msgspec.Meta(ge=0)] = 0
+    trace: Annotated[str, msgspec.Meta(max_length=32)] = ""
 
 
 AnyFrame = (

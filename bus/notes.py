@@ -6,7 +6,7 @@ import msgspec
 
 from .clock import Clock
 from .errors import words_of
-from .taps import ENDED, NO_BODY, NO_FACTS, SENT, SPAN, Row, facts_of
+from .taps import ENDED, NO_BODY, NO_FACTS, SENT, SPAN, Row, facts_of, written
 
 SMALL_BYTES = 512
 MOST_ERROR = 300
@@ -38,7 +38,7 @@ class Turns(Protocol):
 
 def error_text(error: BaseException) -> str:
     """Return an error for a record: its class, and its sentence as far as there is room."""
-    return words_of(error)[:MOST_ERROR]
+    return written(words_of(error)[:MOST_ERROR])
 
 
 class Note:

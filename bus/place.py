@@ -2,13 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from .calls import Call
 from .clock import Clock
 from .deadlines import Deadlines
 from .notes import TURN_S, Turns
-from .taps import NO_BODY, NO_FACTS, REQUEST_ID, SPAN, Follower, Row, Trace, encode
+from .taps import NO_BODY, REQUEST_ID, SPAN, Follower, Row, Trace, encode_facts, written
 from .transports.contract import Transport
 
 if TYPE_CHECKING:
@@ -77,8 +75,8 @@ class Place:
         self.trace.add(
             (
                 *(SPAN, self.clock.now() if end is None else end, begin, actor or call.actor, "", "", name),
-                *(call.request_id, span or self.new_span(), call.span, 0, 0, 0.0, error),
-                *(msgspec.Raw(encode(facts)) if facts else NO_FACTS, NO_BODY),
+                *(call.request_id, span or self.new_span(), call.span, 0, 0, 0.0, written(error)),
+                *(encode_facts(facts), NO_BODY),
             )
         )
 

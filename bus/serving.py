@@ -122,7 +122,8 @@ class Server:
     def _misunderstood(self, link: Link, asked: Asked, error: Exception) -> None:
         """What came is not what was asked for: the far side's bug, and the end of this call alone."""
         self.num_refused += 1
-        asked.cancel()
+        if asked.forget():
+            link.post(Cancel(asked.id))
         asked.fail(NotUnderstood(actor=self._node.name, reason=f"an answer from {link.name}: {error}"))
 
     def _on_post(self, link: Link, post: Post) -> None:
@@ -140,7 +141,7 @@ class Server:
             self._refuse(link, post, error)
             return
         node = self._node
-        if type(post) is TracedPost:
+        if type(post) is TracedPost and post.span:
             served: Served = TracedServed(self, node, link, kind, post, message)
         else:
             served = Served(self, link, call_id, kind, post.actor, node.clock, post.request_id, timeout)

@@ -6,6 +6,7 @@ late still sees it. All other messages cost one attribute test, unless somebody 
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -22,6 +23,8 @@ MOST_ID = 256
 """Characters of a request's id; what belongs to one with a longer id is not recorded."""
 MOST_TEXT = 100
 """Characters of a text that is kept as a fact; longer ones are content."""
+MOST_BYTES, MOST_FACTS = 8192, 32
+"""Of facts that take more bytes, so many are kept, and of their texts the beginnings."""
 TOKENS, TOKEN_BYTES = ("prompt", "tokens"), 4
 """Fields of messages that hold int32 token ids."""
 REQUEST_ID, FACTS, BODY = 7, 14, 15
@@ -97,18 +100,19 @@ class Trace:
         request_id = row[REQUEST_ID]
         rows = self._requests.get(request_id)
         if rows is None:
-            if len(request_id) > MOST_ID:  # Whoever makes such ids does not get to fill memory with them.
+            # Whoever makes such ids does not get to fill memory with them, or to make records that cannot be told.
+            if len(request_id) > MOST_ID or written(request_id) != request_id:
                 return
             rows = self._requests[request_id] = deque(maxlen=NUM_PER_REQUEST)
             if len(self._requests) > self.keep:
                 self._forget_oldest()
         if len(rows) < NUM_PER_REQUEST:
             self._num_rows += 1
-            if self._num_rows > self.keep * MEAN_PER_REQUEST and len(self._requests) > 1:
-                self._forget_oldest()
         else:
             self._num_forgotten += 1
         rows.append(row)
+        if self._num_rows > self.keep * MEAN_PER_REQUEST and len(self._requests) > 1:
+            self._forget_oldest()  # Perhaps this very one: it is counted by now.
         for follow in self.followers:
             follow(row, message)
 
@@ -128,7 +132,11 @@ class Trace:
 
     def of(self, request_id: str) -> list[Row]:
         """Return the records of a request, in the order they were made."""
-        return [finished(row) for row in self._requests.get(request_id, ())]
+        return [finished(row) for row in self.rows_of(request_id)]
+
+    def rows_of(self, request_id: str) -> list[Row]:
+        """Return them as they are kept: the facts of some are still to be made (see finished)."""
+        return list(self._requests.get(request_id, ()))
 
 
 def finished(row: Row) -> Row:
@@ -154,6 +162,30 @@ def facts_of(message: Any) -> msgspec.Raw:
         elif kind is bytes:
             if name in TOKENS:
                 facts["num_tokens"] = len(value) // TOKEN_BYTES
-        elif (reservation_id := getattr(value, "reservation_id", None)) is not None:
+        elif type(reservation_id := getattr(value, "reservation_id", None)) is str and len(reservation_id) <= MOST_TEXT:
             facts["reservation"] = reservation_id
-    return msgspec.Raw(encode(facts)) if facts else NO_FACTS
+    return encode_facts(facts)
+
+
+def encode_facts(facts: dict[str, Any]) -> msgspec.Raw:
+    """Return facts as a record has them. It never fails: of too many some stay, and what cannot travel is None."""
+    if not facts:
+        return NO_FACTS
+    with suppress(TypeError, ValueError, OverflowError):
+        whole = encode(facts)
+        if len(whole) <= MOST_BYTES:
+            return msgspec.Raw(whole)
+    few = list(facts.items())[:MOST_FACTS]
+    return msgspec.Raw(encode({written(name[:MOST_TEXT]): _told(value) for name, value in few}))
+
+
+def _told(value: Any) -> int | float | str | bool | None:
+    """Return a fact as it can be told; None for what cannot, as an integer of more than 64 bits."""
+    if type(value) is str:
+        return written(value[:MOST_TEXT])
+    return value if type(value) in (float, bool) or (type(value) is int and abs(value) < 1 << 63) else None
+
+
+def written(text: str) -> str:
+    """Return text that can be written down: half of a character, as in a file's name, is a question mark."""
+    return text if text.isascii() else text.encode(errors="replace").decode()

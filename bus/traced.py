@@ -61,8 +61,10 @@ class TracedServed(Served):
 
     async def has_credit(self) -> None:
         begin = self._clock.now()
-        await super().has_credit()
-        self._node.note(self, "credit", begin)
+        try:
+            await super().has_credit()
+        finally:  # It says most of one that was cut off because nobody read it.
+            self._node.note(self, "credit", begin)
 
 
 class Root(Call):

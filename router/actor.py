@@ -6,8 +6,8 @@ the return of everything that was taken, and the record of every sub-request.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import msgspec
@@ -114,11 +114,7 @@ class RouterActor(Actor):
         )
         number = 0
         while True:
-            request = Request(
-                message,
-                attempt=number,
-                remaining_s=deadline.remaining_s,
-            )
+            request = Request(message, attempt=number, remaining_s=deadline.remaining_s)
             has_sent = False
             try:
                 async with aclosing(self._run(script, request, deadline, patience, begin_s)) as tokens:
@@ -129,9 +125,8 @@ class RouterActor(Actor):
             except NoEngine:
                 if has_sent:
                     raise
-                waits_s = clock.now()
-                is_hopeful = await patience.waits_for_engine(request, is_retry=number > 0)
-                self.node.note(current_call(), "wait", waits_s)
+                with self._waiting():
+                    is_hopeful = await patience.waits_for_engine(request, is_retry=number > 0)
                 if not is_hopeful:
                     raise
             except GONE as error:
@@ -152,9 +147,8 @@ class RouterActor(Actor):
         route: Any = None
         try:
             if not self.view.has_view:
-                waits_s = self.node.clock.now()
-                await patience.waits_for_first_view(request)
-                self.node.note(current_call(), "wait", waits_s)
+                with self._waiting():
+                    await patience.waits_for_first_view(request)
             route = script.route(request, fleet)
             while True:
                 # Hot: once per token (bench/serve.py).
@@ -176,15 +170,26 @@ class RouterActor(Actor):
                 raise
             raise verdict from error
         finally:
-            await self._close(script, route, attempt)
-            attempt.note_end(
-                error=error_words,
-                script=script.name,
-                version=script.version,
-                number=request.attempt,
-                options=script.shown_options,
-                **{f"why.{name}": value[:MOST_NOTE] for name, value in request.notes.items()},
-            )
+            try:
+                await self._close(script, route, attempt)
+            finally:
+                attempt.note_end(
+                    error=error_words or ("" if is_finished else "cancelled"),
+                    script=script.name,
+                    version=script.version,
+                    number=request.attempt,
+                    options=script.shown_options,
+                    **{f"why.{name}": value[:MOST_NOTE] for name, value in request.notes.items()},
+                )
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Record the body as a wait for an engine, also one that was given up."""
+        begin_s = self.node.clock.now()
+        try:
+            yield
+        finally:
+            self.node.note(current_call(), "wait", begin_s)
 
     def _verdict(self, script: Script, fleet: Fleet, request: Request, error: Exception | SystemExit) -> Exception:
         """Return what a failure of the script is to its client."""

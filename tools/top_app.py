@@ -11,9 +11,9 @@ from textual.widgets import Footer, Static
 from .errors import CliError
 from .observe_commands import SORTS
 from .running import RunningFleet
-from .top import FleetEnded, watching
 from .top_frame import Frame
 from .top_view import view
+from .top_watch import FleetEnded, watching
 
 HISTORY = 40
 """Frames that the small graph shows."""

@@ -210,10 +210,12 @@ class Engine(Actor):
             # A reservation that waited for a place would keep its blocks from those who have one and wait for blocks.
             if kv is None and not generation.has_place:
                 waits_s, has_to_wait = self.node.clock.now(), self._places.locked()
-                await self._places.acquire()
-                generation.has_place = True
-                if has_to_wait:
-                    self.node.note(generation.call, "place", waits_s)
+                try:
+                    await self._places.acquire()
+                    generation.has_place = True
+                finally:
+                    if has_to_wait:
+                        self.node.note(generation.call, "place", waits_s)
             admitted_s = await self.supply.admit(generation.sequence, kv, begin_s)
         generation.admitted(admitted_s)
 

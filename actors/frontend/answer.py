@@ -12,7 +12,8 @@ from callboard.kv.tokens import pack_tokens
 from .errors import ApiError, shutting_down
 from .generation import Outbox, Sequence, usage_of
 from .http_trace import HttpTrace
-from .observed import Observed, Pace, RequestMetrics
+from .observed import Observed, RequestMetrics
+from .pace import Pace
 from .prompts import Model, encode_prompts, num_output_tokens
 from .requests import ChatRequest, CompletionRequest
 from .responses import Reply, UsageReply

@@ -13,7 +13,7 @@ from callboard.bus.ref import Items
 
 from .errors import ApiError, as_api_error
 from .http_trace import HttpTrace
-from .observed import Pace
+from .pace import Pace
 from .responses import PromptTokensDetails, UsageReply
 from .text import Piece, SequenceText
 

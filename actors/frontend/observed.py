@@ -5,18 +5,14 @@ A token costs a look at the clock; gaps between tokens are sorted into histogram
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import sub
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from callboard.actors.protocol import Usage
 from callboard.actors.stats_protocol import FrontendStats, ModelStats
 
+from .generation import Sequence as Choice
 from .histogram import WINDOW_S, Histogram, Totals, percentiles
 
-if TYPE_CHECKING:
-    from .generation import Sequence as Choice
-
-GAPS_AT_ONCE = 64
 CLIENT_LEFT = 499
 """The status of a request whose client did not wait for the answer, as nginx has it."""
 
@@ -34,42 +30,6 @@ REQUEST_S = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 NUM_TOKENS = tuple(float(digit * 10**exponent) for exponent in range(6) for digit in (1, 2, 5))
-
-
-class Pace:
-    """When the tokens of one sequence came. ``gaps``: where the times between them go."""
-
-    __slots__ = ("_gaps", "_now", "_times", "first")
-
-    def __init__(self, now: Callable[[], float], gaps: Histogram) -> None:
-        self.first: float | None = None
-        self._now = now
-        self._gaps = gaps
-        self._times: list[float] = []
-
-    def token(self) -> None:
-        """Note that a token has come."""
-        # Hot: once per token.
-        times = self._times
-        times.append(self._now())
-        if len(times) > GAPS_AT_ONCE or self.first is None:
-            self.flush()
-
-    def flush(self) -> None:
-        """Sort the gaps that are not yet there into the histogram."""
-        times = self._times
-        if not times:
-            return
-        if self.first is None:
-            self.first = times[0]
-        if len(times) > 1:
-            self._gaps.observe(map(sub, times[1:], times), times[-1])
-            del times[:-1]
-
-    @property
-    def last(self) -> float | None:
-        """When the last token came; None before the first."""
-        return self._times[-1] if self._times else None
 
 
 class ModelMetrics:
@@ -135,7 +95,7 @@ class Observed:
         self.model = self._models.get(model, self.model)
         self.model.num_in_flight += 1
 
-    def serves(self, choices: "Sequence[Choice]", *, num_prompt_tokens: int) -> None:
+    def serves(self, choices: Sequence[Choice], *, num_prompt_tokens: int) -> None:
         """Note what will be generated."""
         self._choices, self._num_prompt_tokens = choices, num_prompt_tokens
 

@@ -106,10 +106,12 @@ def a_retry_that_repeats_tokens() -> Iterator[None]:
     """The router starts a request over after an engine's death, although the client has some of its tokens."""
     attempts = RouterActor._attempts
 
-    async def start_over(self: RouterActor, message: Generate, deadline: Deadline) -> AsyncGenerator[Token, None]:
+    async def start_over(
+        self: RouterActor, message: Generate, deadline: Deadline, begin_s: float
+    ) -> AsyncGenerator[Token, None]:
         for is_last in (False, True):
             try:
-                async with aclosing(attempts(self, message, deadline)) as tokens:
+                async with aclosing(attempts(self, message, deadline, begin_s)) as tokens:
                     async for token in tokens:
                         yield token
                 return

@@ -42,13 +42,13 @@ def restarts_a_manager_of_reservations_that_are_out(schedule: Schedule) -> bool:
 
 
 SEARCHES = {
-    "a_block_returned_in_flight": Search(f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=76),
+    "a_block_returned_in_flight": Search(f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=25),
     "kv_readable_before_it_arrived": Search(WRONG_TOKEN),
-    "a_lost_abort": Search(f"sequences of nobody|{WRITTEN_WHILE_FREE}|knows nothing of that", first=40),
+    "a_lost_abort": Search(f"sequences of nobody|{WRITTEN_WHILE_FREE}|knows nothing of that", first=15),
     "a_stale_epoch_accepted": Search(
-        f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", is_worth_it=restarts_a_manager_of_reservations_that_are_out
+        f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=700, is_worth_it=restarts_a_manager_of_reservations_that_are_out
     ),
-    "a_retry_that_repeats_tokens": Search(r"request \w+: token \d+ came again", first=12),
+    "a_retry_that_repeats_tokens": Search(r"request \w+: token \d+ came again"),
 }
 
 

@@ -15,7 +15,7 @@ from served_fleet import ServedFleet
 from callboard.actors.protocol import Counters, Entry, Load
 from callboard.actors.stats_protocol import FrontendStats, ModelStats, Percentiles
 from callboard.bus import Address
-from callboard.tools import top
+from callboard.tools import top_watch
 from callboard.tools.observe_commands import SORTS
 from callboard.tools.running import open_fleet
 from callboard.tools.top_app import TopApp
@@ -175,19 +175,19 @@ async def test_a_directory_that_does_not_answer_is_said_and_then_given_up(
 ) -> None:
     fleet = await asyncio.to_thread(ServedFleet, place)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
-    monkeypatch.setattr(top, "ASK_S", 0.3)
-    monkeypatch.setattr(top, "LOST_S", 1.0)
+    monkeypatch.setattr(top_watch, "ASK_S", 0.3)
+    monkeypatch.setattr(top_watch, "LOST_S", 1.0)
     control = fleet.rows()["main"]["pid"]
     frames: list[Frame] = []
 
     async def watch() -> None:
-        async with asyncio.timeout(20), top.watching(open_fleet("test"), 0.2) as watcher:
+        async with asyncio.timeout(20), top_watch.watching(open_fleet("test"), 0.2) as watcher:
             async for frame in watcher.frames():
                 frames.append(frame)
                 os.kill(control, signal.SIGSTOP)
 
     try:
-        with pytest.raises(top.FleetEnded, match='the directory of fleet "test" has not answered for') as ended:
+        with pytest.raises(top_watch.FleetEnded, match='the directory of fleet "test" has not answered for') as ended:
             await watch()
     finally:
         os.kill(control, signal.SIGCONT)

@@ -24,8 +24,8 @@ from callboard.tools.running import RunningFleet, open_fleet
 from .attach import Follower
 from .ends import Ends
 from .event import Event
-from .export import MOST_REQUESTS, source_of, stories_of
 from .notice import Notice
+from .source import MOST_REQUESTS, source_of, stories_of
 from .story import Story, assemble
 
 if TYPE_CHECKING:
