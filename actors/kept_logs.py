@@ -27,7 +27,7 @@ def keep_logs(logs: Path, folder: Path) -> bool:
         root.chmod(0o700)
         for path in paths:
             _copy_end(path, folder / path.name)
-        for old in sorted(root.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_FLEETS]:
+        for old in sorted(root.iterdir(), key=lambda path: path.lstat().st_mtime)[:-MOST_FLEETS]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:
         return False

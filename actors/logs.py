@@ -21,6 +21,8 @@ CHATTY = (
 """Libraries that are heard from warnings on, whatever the level."""
 MOST_EVENT, MOST_ERROR = 8_000, 32_000
 """Characters of an event and of a traceback; of a longer one, the beginning and the end."""
+MOST_NAME = 300
+"""The same of an actor and of a request's id, which is a peer's to choose."""
 MOST_BYTES = 16 << 20
 """Of a log file; then it begins anew, and what was in it stays once as FILE.1."""
 LOOK_BYTES = 1 << 16
@@ -74,8 +76,8 @@ class LineFormatter(logging.Formatter):
             self._node,
             _cut(event, MOST_EVENT),
             record.name,
-            str(getattr(record, "actor", "")),
-            str(getattr(record, "request_id", "")),
+            _cut(str(getattr(record, "actor", "")), MOST_NAME),
+            _cut(str(getattr(record, "request_id", "")), MOST_NAME),
             _cut(error, MOST_ERROR),
         )
         try:
@@ -105,10 +107,17 @@ class FileHandler(logging.Handler):
             if self._num_unseen >= LOOK_BYTES:
                 self._num_unseen = 0
                 if os.fstat(self._fd).st_size >= MOST_BYTES:
-                    shutil.copyfile(self._path, f"{self._path}.1")
-                    os.ftruncate(self._fd, 0)
+                    self._begin_anew()
         except OSError:
             pass  # A full disk, or a run directory that is gone: the node serves on.
+
+    def _begin_anew(self) -> None:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with self._path.open("rb") as reader, open(os.open(f"{self._path}.1", flags, 0o600), "wb") as writer:
+                shutil.copyfileobj(reader, writer)
+        finally:  # Also where there is no room for a second file: this one does not grow for ever.
+            os.ftruncate(self._fd, 0)
 
 
 def log_to(fd: int, path: Path, *, node: str, level: str) -> None:

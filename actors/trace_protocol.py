@@ -12,7 +12,7 @@ Bodies = Literal["none", "hashed", "full"]
 
 
 class Records(Message, frozen=True):
-    """Some of a node's records, in the order they were made."""
+    """Some of a node's records, in the order they were made; of the past, one request after another."""
 
     records: tuple[TapRecord, ...]
     is_past: bool = False

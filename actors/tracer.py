@@ -30,6 +30,7 @@ MOST_BYTES_AT_ONCE = 128 << 10
 MOST_BODY = 8 << 20
 """A record without its body, where that is longer: a message about a message must still be one."""
 SHORTEST_S = 0.01
+"""Between two messages to one follower, whatever it wants."""
 MOST_FOLLOWERS = 32
 SECRET = ("headers", "salt")
 """Fields of messages that are in no body but a full one."""
@@ -95,6 +96,7 @@ class Tracer(Actor):
                 num_records += len(rows)
                 yield _records(rows, is_past=True, num_records=num_records, num_before=num_before)
                 await asyncio.sleep(0)  # Others have their turn.
+            past = rows = []  # What the ring forgets from here on is kept by nobody.
             every_s = max(SHORTEST_S, message.every_s)
             while True:
                 await follower.wait()
@@ -120,6 +122,7 @@ class _Follower:
         self.message = message
         self.rows: deque[Row | int] = deque()
         """And, at its place between them, a number: so many were lost."""
+        self._num_gaps = 0
         self._num_bytes = 0
         """Of the bodies that wait."""
         self._filled = asyncio.Event()
@@ -128,18 +131,23 @@ class _Follower:
     def take(self, row: Row, message: Any) -> None:
         # Hot: once per record (bench/taps.py).
         if len(self.rows) >= MOST_WAITING or self._num_bytes >= MOST_WAITING_BYTES:
-            last = self.rows[-1]
-            if isinstance(last, int):
-                self.rows[-1] = last + 1
-            else:
-                self.rows.append(1)
+            self._lose()
             return
         if not self.rows:
             self._filled.set()
         if message is not None and self._write is not None:
-            row = (*finished(row)[:BODY], self._write(message))
-        self._num_bytes += len(row[BODY])
+            body = self._write(message)
+            row = (*finished(row)[:BODY], body)
+            self._num_bytes += 0 if body is NO_BODY else len(body)
         self.rows.append(row)
+
+    def _lose(self) -> None:
+        last = self.rows[-1]
+        if isinstance(last, int):
+            self.rows[-1] = last + 1
+        else:
+            self.rows.append(1)
+            self._num_gaps += 1
 
     async def wait(self) -> None:
         """Wait for a record."""
@@ -147,17 +155,20 @@ class _Follower:
             self._filled.clear()
             await self._filled.wait()
 
-    def take_out(self) -> tuple[list[Row], int]:
+    def take_out(self) -> tuple[list[Any], int]:
         """Return the oldest records, perhaps none, and how many were lost just before them."""
-        waiting, rows, num_lost, num_bytes = self.rows, list[Row](), 0, 0
+        waiting, rows, num_lost, num_bytes = self.rows, list[Any](), 0, 0
         if isinstance(waiting[0], int):
             num_lost = waiting[0]
             waiting.popleft()
+            self._num_gaps -= 1
+        if not self._num_gaps and not self._num_bytes:
+            return [waiting.popleft() for _ in range(min(len(waiting), MOST_AT_ONCE))], num_lost
         while waiting and len(rows) < MOST_AT_ONCE and not isinstance(row := waiting[0], int):
-            num_bytes += len(row[BODY])
+            num_bytes += (size := 0 if row[BODY] is NO_BODY else len(row[BODY]))
             if rows and num_bytes > MOST_BYTES_AT_ONCE:
                 break
-            self._num_bytes -= len(row[BODY])
+            self._num_bytes -= size
             rows.append(row)
             waiting.popleft()
         return rows, num_lost

@@ -9,6 +9,7 @@ from .errors import words_of
 from .taps import ENDED, NO_BODY, NO_FACTS, SENT, SPAN, Row, facts_of, written
 
 SMALL_BYTES = 512
+"""A message of so many is kept with its record, and looked at when somebody asks."""
 MOST_ERROR = 300
 """Characters of an error's sentence that a record keeps."""
 TURN_S = 20e-6

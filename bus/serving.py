@@ -141,7 +141,7 @@ class Server:
             self._refuse(link, post, error)
             return
         node = self._node
-        if type(post) is TracedPost and post.span:
+        if type(post) is TracedPost:
             served: Served = TracedServed(self, node, link, kind, post, message)
         else:
             served = Served(self, link, call_id, kind, post.actor, node.clock, post.request_id, timeout)

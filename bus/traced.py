@@ -24,11 +24,11 @@ class TracedServed(Served):
         self._name = type(message).__name__
         self._end_s = self.sent_s = self.heard_s = 0.0
         self._is_noted = kind == TELL  # It has no end that anybody hears of.
-        self.span, self.trace = post.span, post.trace
+        self.span, self.trace = post.span or node.new_span(), post.trace
         num_bytes = len(post.body) if type(post.body) is msgspec.Raw else 0
         node.record(
             (
-                *(RECEIVED, self._begin, 0.0, post.actor, "", link.name, self._name, post.request_id, post.span, 0),
+                *(RECEIVED, self._begin, 0.0, post.actor, "", link.name, self._name, post.request_id, self.span, 0),
                 *(num_bytes, 0, 0.0, "", NO_FACTS, NO_BODY),
             ),
             message,

@@ -229,9 +229,9 @@ class BlockManager:
 
     @property
     def num_quarantined(self) -> int:
-        """Blocks that nobody may have until a writer is known to be dead; one that several hold counts for each."""
-        lost = sum(len(account.all_blocks()) for account in self._lost.values())
-        return len(self.reservations.blocks(is_quarantined=True)) + lost
+        """Blocks that nobody may have until a writer is known to be dead."""
+        found = set(self.reservations.blocks(is_quarantined=True))
+        return len(found.union(*(account.all_blocks() for account in self._lost.values())))
 
     def counts(self) -> Counts:
         """Count where every block is. One that several hold counts as what is hardest to get back."""

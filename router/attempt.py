@@ -58,6 +58,8 @@ class Attempt:
         self._begin_s = self._script_s = begin_s
         self._num_verbs = 0
         self._verb_s = begin_s
+        self._heard_s = 0.0
+        """When the latest end had been heard, as the last verb ended."""
         self._is_scripting = False
         """The verbs under way are the first after what the script did by itself: that is still to be recorded."""
 
@@ -116,9 +118,10 @@ class Attempt:
             end_s = self.node.clock.now()
             self._note_script()
             self._num_verbs -= 1
+            before_s, self._heard_s = self._heard_s, 0.0 if self._call is None else self._call.heard_s
             if not self._num_verbs:
-                heard_s = 0.0 if self._call is None else self._call.heard_s
-                self._script_s = heard_s if heard_s > span.start_s else end_s
+                # What was heard of the verb itself, not of one beside it that ended earlier.
+                self._script_s = self._heard_s if self._heard_s > max(span.start_s, before_s) else end_s
             self._spans.add(
                 SubRequest(span.request_id, span.verb, span.actor, span.start_s, end_s, error=span.error, **span.facts)
             )

@@ -91,8 +91,13 @@ class Fleet:
 
     def no_engine(self, role: str) -> NoEngine:
         """Return the error that says which engine is missing."""
+        now, loads = self._attempt.node.clock.now(), self._attempt.loads
+
+        def state(entry: Entry) -> str:
+            return entry.state if loads.suspected_until(entry, now) is None else "failed just now"
+
         known = "; ".join(
-            f"{entry.name} ({entry.state}, model {entry.model}, roles {' and '.join(entry.roles) or 'all'})"
+            f"{entry.name} ({state(entry)}, model {entry.model}, roles {' and '.join(entry.roles) or 'all'})"
             for entry in self._view.entries("engine")
         )
         return NoEngine(model=self._attempt.request.model, role=role, known=known)

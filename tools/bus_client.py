@@ -1,6 +1,7 @@
 """A command's short visit to a fleet's bus: one ask, on a node that only dials."""
 
 import asyncio
+import logging
 import os
 from typing import TypeVar
 
@@ -17,6 +18,10 @@ TIMEOUT_S = 3.0
 
 def visitor(fleet: RunningFleet) -> Node:
     """Return a node for a visit to the fleet's bus: it dials, and cannot be dialled. Raises CliError for its keys."""
+    # What becomes of links is told by the command in its own words: nobody reads the bus's in the midst of a view.
+    log = logging.getLogger("callboard")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
     # Two of one name would break each other's links, and other machines and containers have processes of this number.
     name = f"callboard-{os.getpid()}-{os.urandom(4).hex()}"
     return Node(name, fleet=fleet.state.name, keys=fleet.keys())
@@ -68,8 +73,7 @@ def find_entry(fleet: RunningFleet, *, kind: str) -> Entry:
     try:
         entries = list_entries(fleet)
     except BusError as error:
-        name = fleet.state.name
-        raise CliError(f'the directory of fleet "{name}" does not answer ({error}): see callboard ps {name}') from None
+        raise why_not(fleet, error) from None
     for entry in entries:
         if entry.kind == kind:
             return entry

@@ -38,9 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     write = _json_writer() if arguments.json else _text_writer(chosen or known)
     files = {each: LogFile(folder / f"{each}.log") for each in chosen or known}
     lines: Iterable[LogLine] = filter(is_wanted, merged(files.values(), is_final=not arguments.follow))
+    num_lines = 0
     for line in deque(lines, arguments.tail) if arguments.tail is not None else lines:
         write(line)
+        num_lines += 1
     sys.stdout.flush()
+    if arguments.request is not None and not num_lines and not arguments.follow:
+        words = "requests that are served write none: see callboard trace explain"
+        print(f"callboard: nobody has logged a line of request {arguments.request}; {words}", file=sys.stderr)
     if arguments.follow and not arguments.failed:
         _follow(folder, files, write, is_wanted, is_all=not chosen)
         print(f"fleet {name} has ended", file=sys.stderr)

@@ -133,6 +133,7 @@ def describe_started(started: Started) -> str:
         option = f" --fleet {started.name}" if fleet else ""
         hints.append((f"callboard chat{option}", "talk to it"))
         hints.append((f"callboard requests{option}", "the last request, part by part"))
+        hints.append((f"callboard trace{option}", "watch every sub-request as it happens"))
     hints.append((f"callboard down{fleet}", "stop it" if started.is_detached else "stop it (or Ctrl-C here)"))
     width = max(len(command) for command, _ in hints)
     lines += [f"  {command:{width}}  {what}" for command, what in hints]

@@ -3,11 +3,11 @@
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from callboard.actors.protocol import Counters, Entry
+from callboard.actors.protocol import Entry
 from callboard.actors.supervisor import NodeState
 from callboard.bus import BusError
 
@@ -55,7 +55,8 @@ class Row(msgspec.Struct, frozen=True):
     version: str = ""
     prefill_tps: float | None = None
     decode_tps: float | None = None
-    counters: Counters | None = None
+    counters: dict[str, Any] | None = None
+    """What it has done since it started, by name; an engine's or a KV manager's."""
 
     @property
     def role(self) -> str:
@@ -159,7 +160,7 @@ def _row(entry: Entry, node: NodeState | None, now: float) -> Row:
         version=detail.get("version", ""),
         prefill_tps=load.prefill_tps if has_queue else None,
         decode_tps=load.decode_tps if has_queue else None,
-        counters=entry.counters if entry.kind in ("engine", "kv_manager") else None,
+        counters=msgspec.structs.asdict(entry.counters) if entry.kind in ("engine", "kv_manager") else None,
     )
 
 

@@ -10,7 +10,7 @@ from callboard.bus import BusError
 from .bus_client import ask, find_entry
 from .errors import CliError
 from .ps import WIDTH
-from .running import RunningFleet, find_fleet
+from .running import RunningFleet, open_fleet
 from .units import format_size
 
 
@@ -31,7 +31,7 @@ class Part(msgspec.Struct, frozen=True):
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the last request's sub-requests, or those of one by its id."""
-    parts = parts_of(find_fleet(arguments.fleet, keys=arguments.keys), arguments.id)
+    parts = parts_of(open_fleet(arguments.fleet, keys=arguments.keys), arguments.id)
     if not parts:
         if arguments.id is not None:
             raise CliError(f'the router keeps no request "{arguments.id}": it may be too long ago')

@@ -10,6 +10,9 @@ import msgspec
 from .running import RunningFleet, open_fleet
 from .top_watch import FleetEnded, watching
 
+WIDE = 200
+"""Columns in a pipe: nothing is left out there."""
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Show a fleet until it ends or the user does. Raises CliError."""
@@ -48,5 +51,6 @@ async def _print_once(fleet: RunningFleet, interval_s: float, sort: str) -> None
 
     async with watching(fleet, interval_s) as watcher:
         async for frame in watcher.frames():
-            Console(highlight=False, width=200).print(view(frame, sort=sort))
+            width = None if sys.stdout.isatty() else WIDE
+            Console(highlight=False, width=width).print(view(frame, sort=sort))
             return

@@ -4,7 +4,7 @@ from collections import deque
 from typing import ClassVar
 
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.widgets import Footer, Static
 
@@ -28,6 +28,7 @@ class TopApp(App[None]):
         ("q", "quit", "Quit"),
         ("s", "sort", "Sort"),
         ("space", "pause", "Pause"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
     ]
 
     def __init__(self, fleet: RunningFleet, interval_s: float, sort: str = "name") -> None:

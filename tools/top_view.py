@@ -6,11 +6,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .fitting import Fitting
 from .top_frame import EngineRow, Frame, FrontendRow, Latency, PoolRow, in_order
 from .units import format_count, format_size, format_span
 
 BAR_WIDTH = 24
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+SPARE_LATENCIES = ("p95", "LEFT/S", "REQ/S", "FAILED/S", "p99")
+SPARE_ENGINES = ("MODEL", "UP", "REQ/S", "ROLE", "PROMPT/S")
+SPARE_POOLS = ("EVICTED/S", "LANES", "SENT/S", "BLOCKS")
+"""What a narrow terminal goes without, the first one first."""
 _GOOD, _BUSY, _FULL = 0.7, 0.9, 1.0
 
 
@@ -18,13 +23,13 @@ def view(frame: Frame, *, sort: str, history: Sequence[float] = (), note: str = 
     """Return all of a frame. ``history``: output tokens per second of the last frames, the newest last."""
     parts: list[RenderableType] = [_summary(frame, history), ""]
     if frame.frontends:
-        parts += [_latencies(frame.frontends), ""]
-    parts.append(_engines(in_order(frame.engines, sort), sort))
+        parts += [Fitting(_latencies(frame.frontends), SPARE_LATENCIES), ""]
+    parts.append(Fitting(_engines(in_order(frame.engines, sort), sort), SPARE_ENGINES))
     if frame.pools:
         legend = (
             "█ used  ▒ cached: can be had  · free    HITS: share of tokens found    latencies, HITS: the last minute"
         )
-        parts += ["", _pools(frame.pools), Text(legend, style="dim")]
+        parts += ["", Fitting(_pools(frame.pools), SPARE_POOLS), Text(legend, style="dim")]
     for text in filter(None, (frame.problem, note)):
         parts += ["", Text(text, style="bold red")]
     return Group(*parts)

@@ -1,6 +1,7 @@
 """The root of a request's records: what the HTTP door did for it, and the trace of its caller that it belongs to."""
 
 from collections.abc import Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any
 
 from callboard.bus import Node
@@ -58,12 +59,15 @@ class HttpTrace:
         It tells the client, whatever the answer is, which trace the request belongs to and which span of it is ours.
         """
         now = self._node.clock.now
+        is_answer = False
 
         async def watched(event: Any) -> None:
+            nonlocal is_answer
             begin = now()
             if event["type"] == "http.response.start":
                 event = {**event, "headers": [*event["headers"], *self.context.headers(self.span)]}
-            elif self._first is None and event["type"] == "http.response.body":
+                is_answer = event["status"] == HTTPStatus.OK
+            elif is_answer and self._first is None and event["type"] == "http.response.body":
                 self._first = begin
             await send(event)
             if now() - begin > SLOW_S and len(self._phases) < MOST_SLOW:
@@ -83,7 +87,7 @@ class HttpTrace:
         for name, begin, end in self._phases:
             node.note(root, name, begin, end=end)
         facts = {**self.facts, "status": status, **self.context.facts()}
-        if self._first is not None:
+        if self._first is not None and self.facts.get("stream"):  # Else the first body has all tokens: no TTFT.
             facts["first_s"] = self._first
         outside = node.root(self._actor, self.request_id, span=0)
         node.note(outside, "http", self._begin, span=self.span, error=error, **facts)

@@ -1,6 +1,7 @@
 """Nodes of one process: batches pass through the event loop, still encoded, so that tests run the real codec."""
 
 import asyncio
+from contextvars import Context, copy_context
 from typing import Any
 
 from .contract import Connection, Listener
@@ -27,7 +28,8 @@ class InprocConnection:
 
     def send(self, batch: bytes | bytearray) -> bool:
         if self.other is not None:
-            asyncio.get_running_loop().call_soon(self.other._receive, batch)
+            other = self.other
+            asyncio.get_running_loop().call_soon(other._receive, batch, context=other.transport.context)
         return True
 
     def close(self) -> None:
@@ -57,11 +59,13 @@ class InprocTransport:
         self.endpoint = ""
         self.exchange = hub.exchange
         self.connections: dict[Connection, None] = {}
+        self.context = Context()
+        """That of the start: what comes is not taken in the call of whoever sent it."""
 
     async def start(self, endpoint: str, listener: Listener) -> str:
         if endpoint in self.hub.transports:
             raise OSError(f"{endpoint} is taken")
-        self.endpoint, self.listener = endpoint, listener
+        self.endpoint, self.listener, self.context = endpoint, listener, copy_context()
         if endpoint:
             self.hub.transports[endpoint] = self
         return endpoint

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import operator
 import socket as sockets
+from contextvars import copy_context
 from typing import Any
 
 import zmq
@@ -49,6 +50,8 @@ class Reader:
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
         self.socket = socket
         self.loop = asyncio.get_running_loop()
+        self._context = copy_context()
+        """That of its start: what comes must not be taken in the call that has just sent something."""
         self.is_open = True
         self._is_scheduled = False
         self._must_look = False
@@ -66,7 +69,7 @@ class Reader:
         self._must_look = True
         if not self._is_scheduled and self.is_open:
             self._is_scheduled = True
-            self.loop.call_soon(self._look)
+            self.loop.call_soon(self._look, context=self._context)
 
     def _look(self) -> None:
         self._is_scheduled = False

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from callboard.bus import (
     AskTimeout,
     Message,
     Node,
+    NotUnderstood,
     Ref,
     Refusal,
     Stream,
@@ -22,17 +24,16 @@ from callboard.bus import (
     current_call,
 )
 from callboard.bus.calls import enter_call
+from callboard.bus.frames import TracedPost, decode_batch, encode_batch
+from callboard.bus.links import Links
 from callboard.bus.taps import (
     ANSWERED,
     ENDED,
-    NUM_PER_REQUEST,
     RECEIVED,
     SENT,
     SPAN,
     WHAT,
-    Trace,
     decode_facts,
-    facts_of,
     finished,
 )
 from callboard.bus.testing import run_virtual
@@ -281,62 +282,91 @@ def test_spans_of_all_nodes_have_ids_of_their_own() -> None:
     run_virtual(story)
 
 
-def test_the_ring_drops_the_oldest_request_and_bounds_each() -> None:
-    trace = Trace(keep=3)
-
-    def add(request_id: str, number: int) -> None:
-        trace.add((SPAN, float(number), 0.0, "", "", "", "x", request_id, 1, 0, 0, 0, 0.0, "", None, None))
-
-    for number in range(2 * NUM_PER_REQUEST):
-        add("long", number)
-    assert [row[1] for row in trace.of("long")] == [float(n) for n in range(NUM_PER_REQUEST, 2 * NUM_PER_REQUEST)]
-    for number in range(5):
-        add(f"r{number}", number)
-    assert trace.request_ids() == ["r2", "r3", "r4"]
-
-
-def test_requests_of_many_records_do_not_fill_memory() -> None:
-    trace = Trace(keep=100)
-    for number in range(100):
-        for _ in range(NUM_PER_REQUEST):
-            trace.add((SPAN, 0.0, 0.0, "", "", "", "x", f"r{number}", 1, 0, 0, 0, 0.0, "", None, None))
-    assert sum(len(trace.of(request_id)) for request_id in trace.request_ids()) <= 100 * 64
-    assert trace.request_ids()[-1] == "r99"
+async def test_what_cannot_be_written_down_ends_neither_a_call_nor_a_record() -> None:
+    async with nodes() as (_, server, worker, _):
+        local = server.ref(worker.address)
+        assert await local.ask(Work("r", how="\ud800")) == Done(1.5)  # Not encoded on its way.
+        call = server.root("worker", "r", span=7)
+        server.note(call, "said", 0.0, error="\ud800", why="\ud800")
+        records = records_of(server, "r")
+        assert [(r.name, r.error, decode_facts(r.facts)) for r in records if r.what == SPAN] == [
+            ("said", "?", {"why": "?"})
+        ]
+        assert decode_facts(records[0].facts) == {"num_tokens": 0, "how": "?"}
+        assert msgspec.msgpack.encode(records)
+        assert await local.ask(Work("half \ud800")) == Done(1.5)
+        assert server.trace.request_ids() == ["r"]
 
 
-def test_ids_as_long_as_messages_do_not_fill_memory() -> None:
-    trace = Trace()
-    for length in (256, 257):
-        trace.add((SPAN, 0.0, 0.0, "", "", "", "x", "r" * length, 1, 0, 0, 0, 0.0, "", None, None))
-    assert [len(request_id) for request_id in trace.request_ids()] == [256]
+async def test_an_answer_that_is_none_is_not_taken_for_a_caller_that_left() -> None:
+    class Wrong(Message, frozen=True):
+        text: str
+
+    class Liar:
+        async def on_work(self, message: Work) -> Done:
+            return Wrong("x")  # type: ignore[return-value]
+
+        async def on_count(self, message: Count) -> AsyncIterator[int]:
+            yield "one"  # type: ignore[misc]
+
+    async with nodes(is_zmq=True) as (client, server, _, _):
+        liar = client.ref(server.add("liar", Liar()).address)
+        with pytest.raises(NotUnderstood):
+            await liar.ask(Work("asked"))
+        async with liar.stream(Count("read", 1)) as items:
+            with pytest.raises(NotUnderstood):
+                await anext(items)
+        for request_id in ("asked", "read"):
+            [error] = [r.error for r in records_of(client, request_id) if r.what == ENDED]
+            assert error.startswith("NotUnderstood: ")
 
 
-class Inner(msgspec.Struct):
-    reservation_id: str
+async def test_credit_that_never_came_was_waited_for() -> None:
+    async with nodes() as (_, server, worker, _):
+        async with worker.stream(Count("r", 100), credit=1):
+            await until_noted(server, "r", RECEIVED)
+            await asyncio.sleep(0.05)
+        await until_noted(server, "r", SPAN)
+        [credit] = [r for r in records_of(server, "r") if r.name == "credit"]
+        assert credit.time - credit.begin > 0.04
 
 
-class Everything(Message, frozen=True):
-    request_id: str
-    whole: int
-    real: float
-    flag: bool
-    text: str
-    long: str
-    prompt: bytes
-    blob: bytes
-    inner: Inner
-    nothing: int | None
-    pairs: dict[str, str]
+async def test_a_peer_that_names_no_span_has_its_call_recorded_from_begin_to_end() -> None:
+    async with nodes() as (client, server, _, _):
+        link = client._link(server.address_of("worker"))
+        link.post(TracedPost(link.next_id(), 1, "worker", Work("r"), 1.0, "r"))  # type: ignore[arg-type]
+        await until_noted(server, "r", ANSWERED)
+        received, answered = records_of(server, "r")
+        assert received.span == answered.span != 0
 
 
-def test_facts_are_numbers_and_short_texts_and_never_content() -> None:
-    message = Everything("r", 3, 0.5, True, "a", "x" * 1000, bytes(40), b"secret", Inner("i"), None, {"k": "secret"})
-    assert decode_facts(facts_of(message)) == {
-        "whole": 3,
-        "real": 0.5,
-        "flag": True,
-        "text": "a",
-        "num_tokens": 10,
-        "reservation": "i",
-    }
-    assert decode_facts(facts_of(7)) == {}
+@pytest.mark.parametrize(("span", "trace"), [(-1, ""), (1, "a" * 33)])
+def test_a_peer_cannot_send_spans_and_traces_that_are_none(span: int, trace: str) -> None:
+    post = TracedPost(1, 1, "worker", msgspec.Raw(b"\xc0"), None, "r", 0, span, trace)
+    with pytest.raises(msgspec.ValidationError):
+        decode_batch(encode_batch(("0", 0, [post])))
+
+
+@pytest.mark.parametrize("is_zmq", [False, True])
+async def test_what_a_peer_sends_is_taken_in_no_call_whatever_this_node_was_at(
+    is_zmq: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    received = Links.received
+
+    def watched(self: Links, connection: Any, batch: bytes) -> None:
+        call = current_call()
+        taken.append("" if call is None else call.request_id)
+        received(self, connection, batch)
+
+    monkeypatch.setattr(Links, "received", watched)
+    async with nodes(is_zmq=is_zmq) as (client, _, worker, _):
+
+        async def ask(number: int) -> None:
+            enter_call(client.root("door", f"r{number}", span=number + 1))
+            for _ in range(20):
+                await worker.ask(Plain("x"))
+
+        await asyncio.gather(*(ask(number) for number in range(20)))
+    assert len(taken) > 20
+    assert set(taken) == {""}

@@ -7,6 +7,7 @@ from callboard.actors.engine.engine import Engine
 from callboard.actors.kv_manager import KvManager
 from callboard.router.actor import RouterActor
 
+from .whole_records import not_whole
 from .world import World
 
 
@@ -75,3 +76,4 @@ def not_given_back(world: World, *, may_quarantine: bool) -> Iterator[str]:
         for engine in world.schedule.engines:
             if router.loads.num_own(engine):
                 yield f"leaked: {machine.name} counts {router.loads.num_own(engine)} requests at {engine}"
+    yield from not_whole(world)

@@ -9,7 +9,7 @@ from fleet import Fleet, running_fleet
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
 from callboard.actors.protocol import Generate, PrepRecv, Release, SamplingParams
-from callboard.bus import TapRecord, VirtualClock
+from callboard.bus import AskTimeout, TapRecord, VirtualClock
 from callboard.bus.taps import ENDED, SENT, SPAN, decode_facts
 from callboard.bus.testing import run_virtual
 from callboard.bus.transports.inproc import InprocHub
@@ -18,6 +18,17 @@ from callboard.kv.tokens import pack_tokens
 
 MODEL = Simulation(num_layers=4, seconds_per_step=0.01, seconds_per_prefill_token=0.001)
 STEP_S, TOKEN_S = 0.01, 0.001
+EAGER = """\
+import asyncio
+from callboard.router import Fleet, Request
+async def route(request: Request, fleet: Fleet):
+    p, d = fleet.prefill[0], fleet.decode[0]
+    async with d.prep_recv(request) as kv:
+        sending = asyncio.ensure_future(p.remote_send(request, kv))
+        async for token in d.start_generate(request, begin=kv.end, kv=kv):
+            yield token
+        await sending
+"""
 
 
 def fleet_of(model: Simulation = MODEL, **options: Any) -> Any:
@@ -99,6 +110,72 @@ def test_a_script_and_what_it_chose_are_told(tmp_path: Path) -> None:
     run_virtual(story)
 
 
+def test_a_script_may_note_whatever_it_likes(tmp_path: Path) -> None:
+    script = tmp_path / "talker.py"
+    script.write_text(
+        "from callboard.router import Fleet, Request\n"
+        "async def route(request: Request, fleet: Fleet):\n"
+        "    request.note(half='\\ud800')\n"
+        "    async for token in fleet.engines[0].start_generate(request):\n"
+        "        yield token\n"
+        "    request.note(**{f'{i}' * 1000: 'x' * 1000 for i in range(1000)})\n"
+    )
+
+    async def story() -> None:
+        async with fleet_of(engines=("a",), script=str(script)) as fleet:
+            for request_id in ("r", "s"):
+                await fleet.generate(list(range(20)), greedy(2), request_id=request_id)
+            [attempt] = spans_of(fleet, "r", "attempt")
+            assert decode_facts(attempt.facts)["why.half"] == "?"
+            assert len(attempt.facts) < 10_000
+
+    run_virtual(story)
+
+
+def test_an_attempt_whose_end_is_cut_short_has_ended(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import asyncio\n"
+        "from callboard.router import Fleet, Request\n"
+        "async def route(request: Request, fleet: Fleet):\n"
+        "    try:\n"
+        "        async for token in fleet.engines[0].start_generate(request):\n"
+        "            yield token\n"
+        "    finally:\n"
+        "        await asyncio.sleep(3.0)\n"
+    )
+
+    async def story() -> None:
+        async with fleet_of(engines=("a",), script=str(script)) as fleet:
+            message = Generate("r", "tiny", pack_tokens(list(range(20))), greedy(100))
+            async with fleet.router.stream(message, credit=1) as tokens:
+                await anext(tokens)
+                await asyncio.sleep(0.5)  # The router waits for credit when the stream is left.
+            await asyncio.sleep(0.5)
+            assert not spans_of(fleet, "r", "attempt")
+            await fleet.nodes[fleet.router.address.node].stop()
+            [attempt] = spans_of(fleet, "r", "attempt")
+            assert attempt.error == "cancelled"
+
+    run_virtual(story)
+
+
+def test_who_gave_up_waiting_for_a_place_had_waited() -> None:
+    async def story() -> None:
+        async with fleet_of(engines=("a",), script="round_robin", max_num_seqs=1) as fleet:
+            first = asyncio.ensure_future(fleet.generate(list(range(20)), greedy(200), request_id="first"))
+            await asyncio.sleep(0.1)
+            message = Generate("second", "tiny", pack_tokens(list(range(20))), greedy(2))
+            with pytest.raises(AskTimeout):
+                async with fleet.router.stream(message, timeout=0.5) as tokens:
+                    await anext(tokens)
+            await first
+            [place] = spans_of(fleet, "second", "place")
+            assert 0.3 < place.time - place.begin < 0.6
+
+    run_virtual(story)
+
+
 def test_pages_are_sent_by_the_manager_that_has_them_while_the_engine_computes() -> None:
     async def story() -> None:
         async with fleet_of(script="disaggregate") as fleet:
@@ -119,17 +196,7 @@ def test_pages_are_sent_by_the_manager_that_has_them_while_the_engine_computes()
 
 def test_a_generation_that_comes_before_its_pages_waits_for_them(tmp_path: Path) -> None:
     script = tmp_path / "eager.py"
-    script.write_text(
-        "import asyncio\n"
-        "from callboard.router import Fleet, Request\n"
-        "async def route(request: Request, fleet: Fleet):\n"
-        "    p, d = fleet.prefill[0], fleet.decode[0]\n"
-        "    async with d.prep_recv(request) as kv:\n"
-        "        sending = asyncio.ensure_future(p.remote_send(request, kv))\n"
-        "        async for token in d.start_generate(request, begin=kv.end, kv=kv):\n"
-        "            yield token\n"
-        "        await sending\n"
-    )
+    script.write_text(EAGER)
 
     async def story() -> None:
         async with fleet_of(script=str(script)) as fleet:
@@ -138,6 +205,20 @@ def test_a_generation_that_comes_before_its_pages_waits_for_them(tmp_path: Path)
             sends = spans_of(fleet, "r", "send")
             assert pages.actor == "kv-d"
             assert pages.begin < sends[-1].time <= pages.time
+
+    run_virtual(story)
+
+
+def test_a_script_that_waits_for_two_verbs_is_at_work_when_the_last_has_ended(tmp_path: Path) -> None:
+    script = tmp_path / "both.py"
+    script.write_text(EAGER)
+
+    async def story() -> None:
+        async with fleet_of(script=str(script)) as fleet:
+            await fleet.generate(list(range(64)), greedy(20), request_id="r")
+            [decode] = spans_of(fleet, "r", "decode")
+            *_, after = spans_of(fleet, "r", "script")
+            assert after.begin >= decode.time
 
     run_virtual(story)
 

@@ -1,5 +1,6 @@
 """W3C trace context: what a traceparent and a tracestate may look like, and what is made of the others."""
 
+import asyncio
 import random
 from typing import Any
 
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from callboard.actors.frontend.trace_context import MOST_STATE, TraceContext, accept, parse
-from callboard.bus import AskTimeout
+from callboard.bus import AskTimeout, TapRecord
+from callboard.bus.taps import decode_facts
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 GOOD = f"00-{TRACE}-{PARENT}-01"
@@ -224,3 +226,17 @@ async def test_the_router_hears_the_trace_of_a_client_that_sent_one(door: Any) -
     assert heard == {"x-team": "blue", "traceparent": answer.headers["traceparent"], "tracestate": "a=1"}
     await door.http.post("/v1/completions", json={"model": "tiny", "prompt": "the"}, headers={"x-team": "blue"})
     assert door.router.asked[-1].headers == {"x-team": "blue"}
+
+
+async def test_only_a_stream_says_when_its_first_token_left(door: Any) -> None:
+    node = door.frontend.node
+    for is_stream in (True, False):
+        body = {"model": "tiny", "prompt": "the", "stream": is_stream}
+        name = (await door.http.post("/v1/completions", json=body)).headers["x-request-id"]
+        found: list[TapRecord] = []
+        async with asyncio.timeout(10):
+            while not found:
+                await asyncio.sleep(0.01)  # The answer has come; its record follows.
+                found = [record for row in node.trace.of(name) if (record := TapRecord(*row)).name == "http"]
+        [http] = found
+        assert ("first_s" in decode_facts(http.facts)) is is_stream

@@ -189,6 +189,15 @@ def test_blocks_of_an_engine_that_is_out_of_reach_wait_for_its_return():
     assert manager.counts().free == 8
 
 
+def test_a_block_that_several_in_quarantine_hold_counts_once():
+    manager = make()
+    run(manager, [1, 2, 3, 4])
+    for sequence_id in ("s", "t"):
+        manager.admit("e", sequence_id, pack_tokens([1, 2, 3, 4, 5]))
+    manager.detach(manager.account("e"), is_known=False)
+    assert manager.num_quarantined == manager.counts().quarantined == 4
+
+
 def test_what_is_said_under_an_earlier_attachment_does_nothing_in_the_next():
     manager = make()
     before = manager.account("e").attachment

@@ -193,6 +193,13 @@ async def test_a_role_that_nobody_has_is_named(fleet):
         await fleet.generate()
 
 
+async def test_an_engine_that_just_failed_is_not_called_ready(fleet):
+    await fleet.add_two(patience_s=0.1)
+    fleet.engines["decode"].error = LinkLost("cut")
+    with pytest.raises(NoEngine, match=r"known: decode \(failed just now, .*; prefill \(ready,"):
+        await fleet.generate()
+
+
 @pytest.mark.parametrize("script", ["round_robin", "least_loaded", "disaggregate", "balanced"])
 async def test_a_model_that_nobody_serves_is_named(fleet, script):
     await fleet.add_engine("a")

@@ -79,6 +79,10 @@ def test_a_fleet_on_tcp_with_keys_serves_and_shows_its_secret_nowhere(place: Any
     assert [part["verb"] for part in parts] == ["prep_recv", "remote_send", "start_generate"]
     assert (parts[1]["lane"], parts[1]["error"]) == ("shm", "")
 
+    control = before["main"]["address"].partition("#")[0]
+    by_address = place.callboard("requests", "--fleet", f"test@{control}", "--keys", "keys", "--json")
+    assert json.loads(by_address.stdout) == parts
+
     secret = read_secret(place.folder / "keys")
     seen = everything_readable(place)
     assert b"decode" in seen

@@ -136,6 +136,28 @@ def test_a_log_that_has_grown_begins_anew_and_its_last_part_stays(
     assert latest == [str(number) for number in range(1000 - len(latest), 1000)]
 
 
+def test_a_log_that_cannot_be_kept_begins_anew_all_the_same(
+    log: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_logs, "MOST_BYTES", 100_000)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (tmp_path / "a.log.1").symlink_to(elsewhere)
+    for number in range(500):
+        log.info("%d %s", number, "x" * 1000)
+    assert (tmp_path / "a.log").stat().st_size < 200_000
+    assert elsewhere.read_text() == "mine"
+    (tmp_path / "a.log.1").unlink()
+    for number in range(500):
+        log.info("%d %s", number, "x" * 1000)
+    assert (tmp_path / "a.log.1").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_request_id_as_long_as_a_message_is_cut(log: logging.Logger, tmp_path: Path) -> None:
+    log.info("x", extra={"request_id": "r" * 1_000_000, "actor": "a" * 1_000_000})
+    assert (tmp_path / "a.log").stat().st_size < 1000
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +219,9 @@ def test_requests_that_are_served_write_no_line(place: Any) -> None:
     assert place.callboard("logs").stdout == before
     assert {each["event"] for each in lines_of(place, "control")} == {"ready"}
     assert all(each["level"] == "info" for each in lines_of(place))
+    of_one = place.callboard("logs", "--request", "quiet-1")
+    assert (of_one.returncode, of_one.stdout) == (0, "")
+    assert of_one.stderr.startswith("callboard: nobody has logged a line of request quiet-1; requests that are served")
 
 
 def test_a_request_that_fails_is_found_by_its_id_with_its_traceback_in_one_field(place: Any) -> None:
@@ -261,7 +286,7 @@ def test_logs_are_followed_until_the_fleet_ends(place: Any) -> None:
     place.callboard("up", fleet, "--detach")
     follow = place.start("logs", "-f")
     assert follow.stdout is not None
-    assert "launcher" in follow.stdout.readline()
+    assert " ready" in follow.stdout.readline()  # Of a process, or of the launcher: by time.
     place.ask("Die()")
     text = ""
     while "RuntimeError: a bug" not in text:
@@ -337,6 +362,10 @@ def test_kept_logs_are_few_and_each_is_cut_to_its_end(tmp_path: Path, monkeypatc
         assert keep_logs(logs, folder)
         os.utime(folder, (number, number))
     assert len(list((tmp_path / "state/callboard/failed").iterdir())) == MOST_FLEETS
+    (tmp_path / "state/callboard/failed/gone").symlink_to(tmp_path / "nowhere")
+    os.utime(tmp_path / "state/callboard/failed/gone", (0, 0), follow_symlinks=False)
+    assert keep_logs(logs, folder), "whatever else lies there"
+    (tmp_path / "state/callboard/failed/gone").unlink()
     kept = find_kept(None)
     assert kept.name == f"fleet-{MOST_FLEETS + 4}"
     [path] = kept.iterdir()

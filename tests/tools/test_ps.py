@@ -39,7 +39,7 @@ def test_ps_json_has_everything_of_an_engine_and_a_manager(place: Any, eventuall
     fleet = ServedFleet(place)
     begin = time.time()
     fleet.complete("x" * 100, max_tokens=5)
-    eventually(lambda: fleet.rows()["decode"]["counters"][2] == 5)
+    eventually(lambda: fleet.rows()["decode"]["counters"]["num_generated_tokens"] == 5)
     eventually(lambda: fleet.rows()["kv-cpu1"]["cached_blocks"] == 6)
     rows = fleet.rows()
     decode, manager = rows["decode"], rows["kv-cpu1"]

@@ -385,6 +385,7 @@ def recorded(recordings: dict[str, bytes]) -> bytes:
         (["a.rec", "--speed", "nan"], "--speed nan is no speed"),
         (["a.rec", "--limit", "0"], "--limit 0 would replay nothing"),
         (["a.rec", "--fleet", "nowhere"], 'no fleet "nowhere" is running'),
+        (["none.rec", "--fleet", "nowhere"], "there is no recording none.rec"),
         (["a.rec", "--fleet", "x", "--simulate"], "give one of them"),
         (["a.rec", "--simulate", "none.toml"], "there is no fleet file none.toml"),
         (["a.rec", "--simulate", "other.toml"], 'the simulated fleet serves other, and the recording asks for "tiny"'),
@@ -410,6 +411,20 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
     assert captured.out == ""
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_recording_may_stand_behind_the_word_simulate(
+    tmp_path: Path, recorded: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.rec"
+    path.write_bytes(recorded)
+    assert main(["replay", "--simulate", str(path)]) == 0
+    assert "in a simulation of the fleet" in capsys.readouterr().out
+    for words in (["replay"], ["replay", "--simulate"]):
+        assert main(words) == 2
+        assert capsys.readouterr().err == (
+            "callboard: name the recording to replay, as in: callboard replay today.rec\n"
+        )
 
 
 def test_a_script_that_is_not_here_any_more_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

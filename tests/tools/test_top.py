@@ -1,6 +1,7 @@
 """``callboard top``: frames of what happened between two looks, live, in a pipe, as JSON, and until a fleet ends."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from served_fleet import ServedFleet
 
 from callboard.actors.protocol import Counters, Entry, Load
@@ -20,7 +22,7 @@ from callboard.tools.observe_commands import SORTS
 from callboard.tools.running import open_fleet
 from callboard.tools.top_app import TopApp
 from callboard.tools.top_frame import Frame, PoolRow, Sample, frame_of, in_order
-from callboard.tools.top_view import BAR_WIDTH, pool_bar, sparkline
+from callboard.tools.top_view import BAR_WIDTH, pool_bar, sparkline, view
 
 Eventually = Callable[..., None]
 
@@ -91,6 +93,19 @@ def test_engines_are_sorted_by_name_or_the_busiest_first() -> None:
     assert [row.name for row in in_order(rows, "name")] == ["a", "b", "c"]
     assert [row.name for row in in_order(rows, "output")] == ["b", "c", "a"]
     assert all(len(in_order(rows, key)) == 3 for key in SORTS)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_gets_fewer_columns_and_none_that_is_cut_off(width: int) -> None:
+    entries = engine("decode-of-much"), msgspec.structs.replace(manager(), detail={"lanes": "kv-cpu1: shm"})
+    frame = frame_of("f", [sample(at, *entries, stats=frontend(4)) for at in (0.0, 1.0)], rates_s=3.0)
+    out = io.StringIO()
+    Console(file=out, width=width).print(view(frame, sort="name"))
+    text = out.getvalue()
+    assert "…" not in text
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    assert all(word in text for word in ("decode-of-much", "OUTPUT/S", "TTFT p50", "E2E p50", "CACHED"))
+    assert ("EVICTED/S" in text) is (width == 200)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +239,18 @@ async def test_the_live_view_shows_sorts_pauses_and_quits(place: Any, monkeypatc
                 await pilot.pause(0.05)
         assert all(word in text() for word in ("TTFT p50", "OUTPUT/S", "HITS", "Quit"))
         await pilot.press("q")
+    assert app.error is None
+
+
+async def test_ctrl_c_leaves_the_live_view(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    await asyncio.to_thread(ServedFleet, place)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
+    app = TopApp(open_fleet("test"), 0.2)
+    async with app.run_test() as pilot:
+        await pilot.press("ctrl+c")
+        async with asyncio.timeout(15):
+            while app.is_running:
+                await asyncio.sleep(0.02)
     assert app.error is None
 
 

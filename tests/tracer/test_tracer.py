@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,9 +12,19 @@ import pytest
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.protocol import BadRequest, Done, Generate, SamplingParams
 from callboard.actors.trace_protocol import TRACER, Follow, GetMoment, GetRecords, Records
-from callboard.actors.tracer import HASH_BYTES, MOST_AT_ONCE, MOST_FOLLOWERS, MOST_WAITING, Tracer, body_writer, hashed
+from callboard.actors.tracer import (
+    HASH_BYTES,
+    MOST_AT_ONCE,
+    MOST_BODY,
+    MOST_FOLLOWERS,
+    MOST_WAITING,
+    MOST_WAITING_BYTES,
+    Tracer,
+    body_writer,
+    hashed,
+)
 from callboard.bus import Ask, Node, Ref, Stream, Tell
-from callboard.bus.taps import NO_BODY, RECEIVED
+from callboard.bus.taps import BODY, NO_BODY, NO_FACTS, RECEIVED, SPAN
 from callboard.bus.transports.inproc import InprocHub
 from callboard.bus.transports.zmq import ZmqTransport
 from callboard.kv.tokens import pack_tokens
@@ -138,6 +149,95 @@ async def test_one_that_does_not_read_loses_records_and_is_told_how_many() -> No
             assert (batch.num_lost, [r.request_id for r in batch.records]) == (0, ["again"])
 
 
+async def test_what_was_lost_is_told_in_its_place() -> None:
+    async with world() as w, w.traced.stream(Follow(with_past=False), credit=1) as items:
+        await anext(items)
+        follower = w.tracer._followers[0]
+        row = (RECEIVED, 0.0, 0.0, "", "", "", "x", "r", 1, 0, 0, 0, 0.0, "", NO_FACTS, NO_BODY)
+        for _ in range(MOST_WAITING + 7):
+            follower.take(row, None)
+        before = [follower.take_out() for _ in range(3)]
+        for _ in range(2 * MOST_AT_ONCE):  # There is room again, and these come after those that were lost.
+            follower.take(row, None)
+        batches = [*before, *(follower.take_out() for _ in range(MOST_WAITING // MOST_AT_ONCE - 1))]
+        assert [lost for _, lost in batches] == [0] * (len(batches) - 2) + [7, 0]
+        assert all(len(got) == MOST_AT_ONCE for got, _ in batches)
+        assert not follower.rows
+
+
+async def test_bodies_as_long_as_messages_fill_neither_memory_nor_a_message() -> None:
+    num_bytes, count = 3 << 20, 40
+    async with world(Tracer.Config(prompts="full"), is_zmq=True) as w:
+        async with w.traced.stream(Follow(bodies="full", with_past=False, every_s=0.01), credit=4) as items:
+            await anext(items)
+            for number in range(count):
+                async with w.worker.stream(Run(f"r{number}", bytes(num_bytes))) as numbers:
+                    assert [n async for n in numbers] == [1]
+                held = sum(len(row[BODY]) for row in w.tracer._followers[0].rows if isinstance(row, tuple))
+                assert held < MOST_WAITING_BYTES + 2 * num_bytes
+            received, lost = 0, 0
+            async with asyncio.timeout(30):
+                while not lost:
+                    batch = await anext(items)
+                    lost += batch.num_lost
+                    received += sum(len(r.body) > num_bytes for r in batch.records)
+                assert received > MOST_WAITING_BYTES // num_bytes
+                await w.note("last")
+                while "last" not in [r.request_id for r in batch.records]:
+                    batch = await anext(items)
+
+
+def test_a_body_that_is_too_long_for_a_message_about_it_is_left_out() -> None:
+    write = body_writer(Follow(bodies="full"))
+    assert len(write(Run("r", bytes(MOST_BODY // 2)))) > MOST_BODY // 2
+    assert write(Run("r", bytes(MOST_BODY))) == NO_BODY
+
+
+async def test_the_past_of_a_node_is_told_between_other_things() -> None:
+    is_over, num_passes = False, 0
+
+    async def live() -> None:
+        nonlocal num_passes
+        while not is_over:
+            await asyncio.sleep(0)
+            num_passes += 1
+
+    async with world() as w, asyncio.TaskGroup() as group:
+        group.create_task(live())
+        for number in range(500):
+            for _ in range(60):
+                w.server.trace.add(
+                    (SPAN, 0.0, 0.0, "", "", "", "x", f"r{number}", 1, 0, 0, 0, 0.0, "", NO_FACTS, NO_BODY)
+                )
+        for message in (Follow(), GetRecords()):
+            num_records, num_batches, begin = 0, 0, num_passes
+            async with w.traced.stream(message) as items:
+                async for batch in items:
+                    num_records, num_batches = num_records + len(batch.records), num_batches + 1
+                    if num_records == 30_000:
+                        break
+            assert num_batches == 150
+            assert num_passes - begin >= num_batches
+        is_over = True
+
+
+async def test_who_has_heard_the_past_does_not_keep_it() -> None:
+    class Kept(Tell, frozen=True, weakref=True):
+        pass
+
+    async with world(Tracer.Config(keep=1)) as w:
+        message = Kept()
+        w.server.trace.add((SPAN, 0.0, 0.0, "", "", "", "x", "r", 1, 0, 0, 0, 0.0, "", message, NO_BODY))
+        kept = weakref.ref(message)
+        del message
+        async with w.traced.stream(Follow(every_s=0.01)) as items:
+            assert [record.request_id for record in (await anext(items)).records] == ["r"]
+            assert kept() is not None
+            await w.note("another")
+            await anext(items)
+            assert kept() is None
+
+
 async def test_records_of_one_request_are_those_of_its_sequences_too() -> None:
     async with world() as w:
         for request_id in ("r", "r.1", "r.12", "r.x", "rr", "q"):
@@ -232,6 +332,11 @@ async def test_nobody_elses_wish_for_full_bodies_shows_prompts_to_one_who_wants_
             [theirs] = [r for r in (await anext(full)).records if r.what == RECEIVED]
         assert mine.body == NO_BODY
         assert theirs.body != NO_BODY
+
+
+def test_the_salt_of_one_who_follows_is_told_to_no_other() -> None:
+    written = body_writer(Follow(bodies="hashed", salt=b"mine"))(Follow(bodies="hashed", salt=b"theirs"))
+    assert b"theirs" not in bytes(written)
 
 
 def test_equal_blocks_have_equal_hashes_and_another_salt_gives_others() -> None:

@@ -32,7 +32,8 @@ def add(command: Command) -> None:
         "replay", "run the requests of a recording again, and say what differs", EXAMPLES, "replay.run:run"
     )
     replay.epilog = f"{replay.epilog}\n{WHAT_IT_DOES}"
-    replay.add_argument("file", metavar="FILE", help='a recording, as "callboard trace record" makes them')
+    words = 'a recording, as "callboard trace record" makes them'
+    replay.add_argument("file", nargs="?", metavar="FILE", help=words)
     replay.add_argument("--fleet", metavar="FLEET", help="a running fleet: its name, or NAME@tcp://HOST:PORT")
     replay.add_argument("--keys", metavar="DIR", help="the fleet's keys, if not where it was started with them")
     replay.add_argument(

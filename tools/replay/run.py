@@ -14,6 +14,7 @@ from callboard.router.errors import ScriptError
 from callboard.router.script import Script, load_script, shipped_scripts
 from callboard.tools.errors import CliError
 from callboard.tools.running import RunningFleet, open_fleet, running_fleets
+from callboard.tools.trace.recording import read_recording
 from callboard.tools.units import format_size
 
 from .costs import Costs, Fit
@@ -41,6 +42,11 @@ class Replayed:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay a recording and print what differs. Raises CliError."""
+    if arguments.file is None:
+        # In "--simulate today.rec" the option has taken the recording for a fleet file.
+        arguments.file, arguments.simulate = arguments.simulate, ""
+    if not arguments.file:
+        raise CliError("name the recording to replay, as in: callboard replay today.rec")
     if arguments.simulate is not None and arguments.fleet is not None:
         raise CliError("--fleet replays against a running fleet, and --simulate without one: give one of them")
     if not 0.001 <= arguments.speed <= 1000:
@@ -52,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         _load(arguments.router, options)  # Before anything is read: a script that is not there is said at once.
     elif options and _is_live(arguments):
         raise CliError("--set sets options of a script that runs here: name it with --router")
+    read_recording(arguments.file, is_partial=arguments.partial)  # One that is not there is said first.
     fleet = None
     if _is_live(arguments):
         fleet = open_fleet(arguments.fleet, keys=arguments.keys)

@@ -238,6 +238,8 @@ class Follower:
                 self._detach(each, "stopped" if has_stopped else "died", f"{each.name} {text}")
             except BusError as error:
                 text = str(error).replace(f"{each.name} has", "it has", 1)
+                if "out of order" in text:  # The bus has seen a gap; here that is what follows from standing still.
+                    text = "it had given up this tracer, which did not listen for a while"
                 self._detach(each, "cut", f"{each.name} is out of reach: {text}")
             each.has_told_past.set()
             if each.name not in self._listed:

@@ -30,7 +30,24 @@ lines of JSON (--format jsonl):
 """
 FORMATS = ("live", "text", "jsonl")
 RECORDING = "a recording, in place of a running fleet"
+PARTIAL = "of a damaged recording take what is whole"
 EXPORTS = ("perfetto", "html", "mermaid", "otlp")
+
+
+class Mixed(argparse.ArgumentParser):
+    """A parser that takes options between positional words, too: ``export html -o FILE REQUEST``."""
+
+    _is_mixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse options first, then the words between them."""
+        if self._is_mixed:
+            return super().parse_known_args(args, namespace)
+        self._is_mixed = True  # What parses mixed words may come by here, again.
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixed = False
 
 
 def add(command: Command) -> None:
@@ -43,11 +60,14 @@ def add(command: Command) -> None:
     trace.add_argument("--last", type=_count, metavar="N", help="requests of the past to begin with (default 10)")
     trace.add_argument("--no-follow", action="store_true", help="show the past, and leave")
     trace.add_argument("--from", dest="source", metavar="FILE", help=f"{RECORDING}, in the live view")
+    trace.add_argument("--partial", action="store_true", help=PARTIAL)
     trace.add_argument("--format", choices=FORMATS, help="by default live in a terminal, text in a pipe")
     assert trace.epilog is not None
     trace.epilog += FIELDS
     trace.usage = "callboard trace [OPTION ...]\n       callboard trace COMMAND [OPTION ...]"
-    acts = trace.add_subparsers(title="commands", metavar="COMMAND", dest="act", prog="callboard trace")
+    acts = trace.add_subparsers(
+        title="commands", metavar="COMMAND", dest="act", prog="callboard trace", parser_class=Mixed
+    )
 
     explain = command(
         "explain",
@@ -71,7 +91,8 @@ def add(command: Command) -> None:
         acts,
     )
     export.add_argument("to", choices=EXPORTS, metavar="{" + ",".join(EXPORTS) + "}", help="what to write")
-    export.add_argument("requests", nargs="*", metavar="REQUEST", help="request ids; by default all remembered")
+    words = "request ids; by default all remembered"
+    export.add_argument("requests", nargs="*", default=[], metavar="REQUEST", help=words)
     words = "the last N requests (1,000; mermaid 1)"
     export.add_argument("--last", type=_count, default=argparse.SUPPRESS, metavar="N", help=words)
     export.add_argument("-o", "--output", metavar="FILE", help="where to; by default standard output")
@@ -80,7 +101,6 @@ def add(command: Command) -> None:
     export.add_argument("--service-name", metavar="NAME", help=words)
     words = "otlp: what is past, not what follows"
     export.add_argument("--no-follow", action="store_true", default=argparse.SUPPRESS, help=words)
-    export.add_argument("--partial", action="store_true", help="read what is whole of a damaged recording")
 
     record = command(
         "record",
@@ -101,6 +121,7 @@ def add(command: Command) -> None:
         _where(each, inherits=True)
     for each in (explain, export):
         each.add_argument("--from", dest="source", metavar="FILE", default=argparse.SUPPRESS, help=RECORDING)
+        each.add_argument("--partial", action="store_true", default=argparse.SUPPRESS, help=PARTIAL)
 
 
 def _where(command: argparse.ArgumentParser, *, inherits: bool = False) -> None:
@@ -111,7 +132,8 @@ def _where(command: argparse.ArgumentParser, *, inherits: bool = False) -> None:
         default=default,
         help="which fleet, when several run: its name, or NAME@tcp://HOST:PORT of its directory",
     )
-    command.add_argument("--keys", metavar="DIR", default=default, help="the fleet's keys, if not where it was started")
+    words = "the fleet's keys, if not where it was started with them"
+    command.add_argument("--keys", metavar="DIR", default=default, help=words)
 
 
 def _filters(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ Records are read twice where they may be many: first to choose the request, then
 import argparse
 import asyncio
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -25,11 +26,13 @@ NUM_NEAR = 3
 
 @dataclass(slots=True)
 class Seen:
-    """What is known of a request at a glance. ``seconds`` is None while it is not over."""
+    """What is known of a request at a glance. ``seconds`` and ``end`` are None while it is not over."""
 
     begin: float
     last: float
+    """Its last record: what is given back late comes after its end."""
     seconds: float | None = None
+    end: float | None = None
     is_http: bool = False
 
 
@@ -42,14 +45,19 @@ class Source:
     now: float | None = None
     """On the reader's clock; None where nothing goes on."""
     missing: dict[str, str] = field(default_factory=dict)
+    damage: Callable[[], str] = str
+    """Return what is wrong with a recording, once it has been read; empty if nothing."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one request's explanation. Raises CliError."""
-    source = from_file(arguments.source) if arguments.source else from_fleet(arguments)
+    is_partial = arguments.partial
+    source = from_file(arguments.source, is_partial=is_partial) if arguments.source else from_fleet(arguments)
     if arguments.request and arguments.slowest:
         raise CliError("give a request or --slowest, not both")
     story = pick(source, arguments.request or "", is_slowest=arguments.slowest)
+    if damage := source.damage():
+        print(f"callboard: {damage}", file=sys.stderr)
     from . import explained
 
     if arguments.json:
@@ -82,12 +90,12 @@ def from_fleet(arguments: argparse.Namespace) -> Source:
     return Source(lambda: past.events, f'fleet "{fleet.state.name}"', now, past.missing)
 
 
-def from_file(path: str) -> Source:
-    """Return a recording's records. Raises CliError."""
+def from_file(path: str, *, is_partial: bool = False) -> Source:
+    """Return a recording's records, with ``is_partial`` what is whole of a damaged one. Raises CliError."""
     from .recording import read_recording
 
-    recording = read_recording(path)
-    return Source(lambda: recording.events, f"the recording {path}")
+    recording = read_recording(path, is_partial=is_partial)
+    return Source(lambda: recording.events, f"the recording {path}", damage=lambda: recording.whole.damage)
 
 
 # ---- which request -----------------------------------------------------------------------------------------------
@@ -119,6 +127,7 @@ def requests_in(events: Iterable[Event]) -> dict[str, Seen]:
             known.begin, known.last = min(known.begin, each.begin), max(known.last, each.last)
             if not known.is_http and each.seconds is not None:
                 known.seconds = max(known.seconds or 0.0, each.seconds)
+                known.end = max(known.end or each.last, each.end or each.last)
     return joined
 
 
@@ -134,7 +143,7 @@ def _light(events: Iterable[Event], found: dict[str, Seen]) -> Iterator[Event]:
         seen.begin, seen.last = min(seen.begin, event.begin or event.time), max(seen.last, event.time)
         is_http = record.what == SPAN and record.name == "http"
         if is_http or (record.what == ENDED and record.name == "Generate" and not seen.is_http):
-            seen.seconds, seen.is_http = event.time - event.begin, is_http
+            seen.seconds, seen.end, seen.is_http = event.time - event.begin, event.time, is_http
         if is_http:
             yield event
 
@@ -151,8 +160,9 @@ def named(wanted: str, seen: dict[str, Seen], where: str) -> str:
 
 
 def chosen(seen: dict[str, Seen], *, is_slowest: bool) -> str:
-    """Return the request that took longest, or the last that is over, or the last one."""
+    """Return the request that took longest, or the last to end, or of those under way the last one."""
     over = {request_id: each.seconds for request_id, each in seen.items() if each.seconds is not None}
     if is_slowest and over:
         return max(over, key=lambda request_id: over[request_id])
-    return max(over or seen, key=lambda request_id: seen[request_id].last)
+    ends = {request_id: each.end for request_id, each in seen.items() if each.end is not None}
+    return max(ends or seen, key=lambda request_id: ends.get(request_id, seen[request_id].last))

@@ -251,7 +251,7 @@ async def _print_past(node: Node, fleet: RunningFleet, wanted: Filter, arguments
     await Output(sys.stdout.fileno()).write(style.begin() + text if text else "")
     for name, why in past.missing.items():
         print(f"callboard: {name} could not be asked, so what it did is not shown: {why}", file=sys.stderr)
-    if not text:
+    if not text and arguments.last != 0:
         which = "no request yet" if wanted == Filter() else "no request with anything like that"
         print(f"callboard: fleet {fleet.state.name} remembers {which}", file=sys.stderr)
 
@@ -309,7 +309,7 @@ def _lines(
             [entry.name for entry in entries()],
             has_colors=is_terminal and not os.environ.get("NO_COLOR"),
             is_ascii="utf" not in (sys.stdout.encoding or "").lower(),
-            everything=arguments.all,
+            everything=arguments.all or wanted.verb is not None,  # What is named is shown, however small.
             width=shutil.get_terminal_size().columns if is_terminal else None,
         )
         style = Text(table, entries)

@@ -159,11 +159,12 @@ function part(colour, name, actor, us, whole, more) {
 
 function subRequests() {
   return [...waterfall.numbers].map(([place, number]) => {
-    const span = waterfall.spans[place];
+    const span = waterfall.spans[place], { engine } = span.facts || {};
+    const engineToo = engine && engine !== span.to ? `, of ${engine}` : "";
     const row = make("tr", { tabIndex: 0 },
       make("td", {}, make("i", { className: "number", textContent: number })),
       make("td", {}, make("code", { textContent: span.name })),
-      make("td", { className: "who", textContent: `${span.who} → ${span.to}` }),
+      make("td", { className: "who", textContent: `${span.who} → ${span.to}${engineToo}` }),
       make("td", { className: "num", textContent: "at " + time(span.begin) }),
       make("td", { className: "num", textContent: span.isOpen ? "not over" : time(span.end - span.begin) }),
       make("td", {}, span.words, ...(span.error ? [make("span", { className: "error", textContent: " " + span.error })] : [])));

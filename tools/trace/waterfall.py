@@ -43,8 +43,10 @@ class Line:
         if span.kind == "http":
             return f"{span.facts.get('method', 'HTTP')} {span.facts.get('path', '')}".strip()
         if span.name == "attempt" and span.parent is not None:
+            # As the router counts: one that found no engine, and waited, goes on as the same.
             runs = [each for each in span.parent.children if each.name == "attempt"]
-            return f"attempt {runs.index(span) + 1}"
+            number = span.facts.get("number")
+            return f"attempt {(number if isinstance(number, int) else runs.index(span)) + 1}"
         if span.name == "generate":
             return f"sequence {span.request_id}"
         return span.name if len(self.spans) == 1 else f"{span.name} x{len(self.spans)}"

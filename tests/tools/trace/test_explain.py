@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fleet import running_fleet
 from rich.console import Console
@@ -67,6 +68,14 @@ def test_without_a_name_it_is_the_last_that_is_over() -> None:
     under_way = [event for event in known.read() if event.record.request_id != "b" or event.time < 1.4]
     assert pick(Source(lambda: under_way, ""), "").request_id == "a"
     assert pick(source("a", "b"), "").request_id == "b"
+
+
+def test_what_is_given_back_late_does_not_make_a_request_the_last() -> None:
+    known = source("a", "b")
+    [end] = [event for event in known.read() if event.record.name == "http" and event.record.request_id == "a"]
+    late = msgspec.structs.replace(end.record, name="give_back", time=end.record.time + 60.0, span=1 << 40)
+    events = [*known.read(), event_of(late, end.node)]
+    assert pick(Source(lambda: events, ""), "").request_id == "b"
 
 
 def test_where_none_is_over_it_is_the_last_one() -> None:
@@ -167,19 +176,22 @@ def test_several_attempts_are_shown_each_with_its_end() -> None:
     writer = Writer("r", ids)
     root = next(ids)
     generate = writer.call("Generate", "main", "frontend", 0.0, root, num_tokens=9)
-    for number, error in enumerate(("ActorDied: d is dead", "")):
-        attempt, begin = next(ids), 0.1 + number
-        start = writer.call("StartGenerate", f"d{number}", "main", begin, attempt, num_tokens=9)
-        writer.end(start, begin + 0.8, error=error, items=3)
+    died, none = "ActorDied: d is dead", "NoEngine: none is there"
+    for number, error, begin, end in ((0, died, 0.1, 1.0), (1, none, 1.0, 1.01), (1, "", 1.1, 2.0)):
+        attempt = next(ids)
+        if error != none:
+            start = writer.call("StartGenerate", f"d{number}", "main", begin, attempt, num_tokens=9)
+            writer.end(start, end - 0.1, error=error, items=3)
         facts = {"script": "s", "version": "1", "number": number, "options": "{}"}
-        writer.span("attempt", "main", begin, begin + 0.9, generate.span, span=attempt, error=error, **facts)
+        writer.span("attempt", "main", begin, end, generate.span, span=attempt, error=error, **facts)
     writer.end(generate, 2.2, items=3)
     writer.span("http", "frontend", 0.0, 2.3, 0, span=root, status=200)
     tree = text_of(story_of(writer.events)).split("\n\n")[1]
     rows = tree.splitlines()[2:]
-    wanted = ["├ attempt 1", "│ └ start_generate", "└ attempt 2", "  └ start_generate"]
+    # The router counts as one attempt what found no engine, and went on when there was one.
+    wanted = ["├ attempt 1", "│ └ start_generate", "├ attempt 2", "└ attempt 2", "  └ start_generate"]
     assert [row[: len(begin)] for row, begin in zip(rows, wanted, strict=True)] == wanted
-    assert ["failed: ActorDied: d is dead" in row for row in rows] == [False, True, False, False]
+    assert ["failed: ActorDied: d is dead" in row for row in rows] == [False, True, False, False, False]
 
 
 def test_a_request_under_way_is_explained_until_now() -> None:

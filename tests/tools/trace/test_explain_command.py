@@ -54,6 +54,14 @@ def test_a_recording_is_explained_as_the_fleet_is(place: Any, fleet: ServedFleet
     recording.stderr.readline()
     assert fleet.complete("what is recorded", request_id="recorded")[0] == 200
     recording.communicate(timeout=20)
+    path = place.folder / "it.cbtrace"
+    (place.folder / "cut.cbtrace").write_bytes(path.read_bytes()[:-20])
+    cut = place.callboard("trace", "explain", "--from", "cut.cbtrace")
+    assert (cut.returncode, cut.stdout) == (2, "")
+    assert "cut.cbtrace is damaged: it is cut off" in cut.stderr
+    whole = place.callboard("trace", "explain", "--from", "cut.cbtrace", "--partial")
+    assert whole.stdout.startswith("Request recorded at ")
+    assert "cut.cbtrace is damaged: it is cut off" in whole.stderr
     recorded = json.loads(place.callboard("trace", "explain", "recorded", "--json", "--from", "it.cbtrace").stdout)
     live = json.loads(place.callboard("trace", "explain", "recorded", "--json").stdout)
     assert [span["name"] for span in recorded["spans"]] == [span["name"] for span in live["spans"]]

@@ -47,6 +47,10 @@ def test_a_fleet_is_exported_to_every_tool(place: Any, fleet: ServedFleet) -> No
     assert b'"id":"beta"' in (place.folder / "trace.html").read_bytes()
     assert sorted(path.name for path in place.folder.glob("*trace.html*")) == ["trace.html"]
 
+    # Options may stand between what is written and of which requests.
+    wrote = place.callboard("trace", "export", "html", "-o", "trace.html", "beta", "--last", "5", "alpha-2")
+    assert (wrote.returncode, wrote.stderr) == (0, "trace.html: 2 requests: open it in a browser\n")
+
     printed = place.callboard("trace", "export", "mermaid")
     assert (printed.returncode, printed.stderr) == (0, "")
     assert printed.stdout.count("sequenceDiagram") == 1

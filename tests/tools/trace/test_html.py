@@ -92,6 +92,9 @@ async def test_the_waterfall_shows_who_did_what(tmp_path: Path) -> None:
         lanes = [text.split("\n")[0] for text in await texts(page, ".lane-name")]
         assert lanes == ["frontend", "main", "kv-cpu0", "kv-cpu1", "prefill", "decode"]
         assert await page.run("document.querySelectorAll('.bar').length") == len(story.spans)
+        # Managers are asked, on behalf of the engines that a script names.
+        who = ["main → kv-cpu1, of decode", "main → kv-cpu0, of prefill", "main → decode"]
+        assert await texts(page, "td.who") == who
         bar = "waterfall.spans.find(s => s.name === 'decode' && s.kind === 'phase')"
         place = await page.run(f"[{bar}.bar.offsetLeft, {bar}.bar.offsetWidth, waterfall.width]")
         decode = next(span for span in story.spans if span.name == "decode" and span.kind == "phase")

@@ -21,6 +21,8 @@ from callboard.tools.trace.filters import Filter, filter_of
 from callboard.tools.trace.lines import JsonLines, Lines, Text
 from callboard.tools.trace.notice import Notice
 from callboard.tools.trace.past import Past, collect, resolve
+from callboard.tools.trace.phrases import phrase
+from callboard.tools.trace.story import CATEGORY_OF
 from callboard.tools.trace.table import Table, clock_text, color_of, short_id
 from callboard.tools.trace.told import MOST_CALLS, Reader
 
@@ -247,6 +249,15 @@ def test_a_call_whose_asking_node_tells_nothing_is_told_by_the_other() -> None:
 def test_an_end_whose_begin_was_lost_is_told_with_what_it_says_itself() -> None:
     [line] = lines_of(record(ENDED, "PrepRecv", 1, 1.5, begin=1.0, source="main", actor="kv-1"))
     assert re.search(r"main +<- kv-1 +prep_recv +500 ms +done$", line)
+
+
+def test_every_phase_of_ours_is_told_in_words() -> None:
+    reader = Reader(lambda: ["n"])
+    told_by_facts: dict[str, dict[str, Any]] = {"prefill": {"num_cached_tokens": 16}, "send": {"lane": "shm"}}
+    for number, name in enumerate(sorted(CATEGORY_OF), 1):
+        told = reader.read(record(SPAN, name, number, 1.0, facts=told_by_facts.get(name, {})))
+        assert told is not None
+        assert phrase(told, reader), name
 
 
 def test_calls_that_never_end_do_not_pile_up() -> None:

@@ -106,6 +106,16 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(place: Any) -> None:
     expect_sentence(place, 'no node remembers a request "unknown"', "--request", "unknown", "--no-follow")
 
 
+def test_what_is_asked_for_by_name_is_told_however_small_it_is(place: Any) -> None:
+    ServedFleet(place).complete("Who?", request_id="known")
+    all_of_it = place.callboard("trace", "--no-follow", "--format", "text").stdout
+    assert " tokenise" not in all_of_it
+    named = place.callboard("trace", "--no-follow", "--format", "text", "--verb", "tokenise").stdout
+    assert " tokenise" in named
+    nothing = place.callboard("trace", "--no-follow", "--format", "text", "--last", "0")
+    assert (nothing.returncode, nothing.stdout, nothing.stderr) == (0, "", "")
+
+
 def expect_sentence(place: Any, sentence: str, *words: str) -> None:
     done = place.callboard("trace", "--format", "text", *words)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
@@ -211,7 +221,8 @@ def test_a_stopped_tracer_slows_nobody_and_catches_up(place: Any, eventually: Ev
         shown.process.send_signal(signal.SIGCONT)
         eventually(lambda: len(requests_ended(shown.lines)) >= len(wanted), 30.0)
     eventually(lambda: shown.has('"kind":"back"'))
-    shown.end()
+    assert shown.end() == "callboard: left test, which runs on\n"  # The bus's own words are not for users.
+    assert shown.has("is out of reach: it had given up this tracer, which did not listen for a while")
     assert sorted(requests_ended(shown.lines)) == sorted(wanted)
     notices = [json.loads(line) for line in shown.lines if '"notice"' in line]
     assert not any(notice.get("num_lost") for notice in notices)

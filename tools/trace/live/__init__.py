@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     if path := getattr(arguments, "source", None):
         from callboard.tools.trace.recording import read_recording
 
-        return asyncio.run(_show(Told(path, read_recording(path).events), asked, arguments, is_live=False))
+        recording = read_recording(path, is_partial=arguments.partial)
+        return asyncio.run(_show(Told(path, recording.events), asked, arguments, is_live=False))
     fleet = open_fleet(arguments.fleet, keys=arguments.keys)
     return asyncio.run(_show_fleet(fleet, asked, arguments))
 
