@@ -80,7 +80,7 @@ class Receiver:
 CUTS: list[tuple[type, str, str, str]] = [
     (Node, "send_tell", "if request_id or self.tap is not None:", "if request_id:"),
     (Node, "_start", "if request_id or self.tap is not None:", "if request_id:"),
-    (Server, "_on_post", "if type(post) is TracedPost:", "if False:"),
+    (Server, "_on_post", "if is_traced:", "if False:"),
     (Server, "_run_inline", "if served.span:", "if False:"),
     (PendingAsk, "answer", "if self.note is not None:", "if False:"),
 ]

@@ -97,8 +97,10 @@ class Server:
                         (asked.items if kind is Items else asked.answer)(frame.body)  # type: ignore[attr-defined]
                     except _UNDECODABLE as error:
                         self._misunderstood(link, asked, error)
-            elif kind is Post or kind is TracedPost:
-                self._on_post(link, frame)  # type: ignore[arg-type]
+            elif kind is Post:
+                self._on_post(link, frame, False)  # type: ignore[arg-type]
+            elif kind is TracedPost:
+                self._on_post(link, frame, True)  # type: ignore[arg-type]
             elif kind is Credit:
                 served = served_of.get(frame.id)  # type: ignore[attr-defined]
                 if served is not None:
@@ -126,7 +128,7 @@ class Server:
             link.post(Cancel(asked.id))
         asked.fail(NotUnderstood(actor=self._node.name, reason=f"an answer from {link.name}: {error}"))
 
-    def _on_post(self, link: Link, post: Post) -> None:
+    def _on_post(self, link: Link, post: Post, is_traced: bool) -> None:
         mailbox = self._mailboxes.get(post.actor)
         call_id, timeout = post.id, post.timeout
         try:
@@ -141,8 +143,8 @@ class Server:
             self._refuse(link, post, error)
             return
         node = self._node
-        if type(post) is TracedPost:
-            served: Served = TracedServed(self, node, link, kind, post, message)
+        if is_traced:
+            served: Served = TracedServed(self, node, link, kind, post, message)  # type: ignore[arg-type]
         else:
             served = Served(self, link, call_id, kind, post.actor, node.clock, post.request_id, timeout)
         if not handler.is_task:
