@@ -120,10 +120,11 @@ def expressions(panel: dict[str, Any]) -> list[str]:
 
 
 def test_every_metric_of_the_dashboard_is_in_a_scrape_and_every_series_of_the_fleet_in_the_dashboard(
-    place: Any,
+    place: Any, eventually: Eventually
 ) -> None:
     fleet = ServedFleet(place)
     fleet.complete("x")
+    eventually(lambda: "callboard_requests_total{" in fleet.get("/metrics")[1])  # Counted after it was answered.
     scraped = fleet.get("/metrics")[1]
     names = {name for name, _ in samples_of(scraped)}
     dashboard = json.loads(place.callboard("metrics", "--dashboard").stdout)
