@@ -5,7 +5,7 @@ import pytest
 from .harness import run_seed
 
 
-@pytest.mark.parametrize("first", [0, 10, 20])
+@pytest.mark.parametrize("first", [0, 10])
 def test_a_watcher_that_misbehaves_harms_nothing_and_leaves_nothing_behind(first: int) -> None:
     outcomes = [run_seed(seed, is_watched=True) for seed in range(first, first + 10)]
     failing = [outcome for outcome in outcomes if outcome.problems]

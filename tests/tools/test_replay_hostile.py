@@ -94,7 +94,7 @@ def entries(draw: Any) -> Entry:
     return Entry(draw(st.text(max_size=3)), kind, address, model="tiny", manager=manager, detail=detail, load=load)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(seen=st.lists(records(), min_size=15, max_size=60), view=st.lists(entries(), max_size=5), offset=times)
 def test_whatever_a_recording_says_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, seen: list[TapRecord], view: list[Entry], offset: float
@@ -132,7 +132,7 @@ PHASE_FACTS = ("num_steps", "step_s", "between_s", "step_decodes", "step_prefill
 numbers = st.integers(1, 50) | st.floats(0.0, 10.0) | scalars
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows=st.lists(st.tuples(*[numbers] * len(PHASE_FACTS), numbers, times), min_size=8, max_size=30))
 def test_costs_are_costs_whatever_phases_and_sends_are_said_to_have_taken(rows: list[tuple[Any, ...]]) -> None:
     costs = CostsOf()

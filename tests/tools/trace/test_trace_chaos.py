@@ -54,7 +54,7 @@ def answers_again(fleet: ServedFleet, wanted: list[str]) -> bool:
     return fleet.complete("Are you there?", request_id=wanted[-1])[0] == 200
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [int(os.environ.get("CALLBOARD_TEST_SEED", "1"))])
 def test_whatever_is_killed_or_stopped_requests_go_on_and_the_tracer_says_what_it_missed(
     place: Any, eventually: Eventually, seed: int
 ) -> None:
