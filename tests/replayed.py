@@ -113,3 +113,40 @@ def record(
 
     run_virtual(main)
     return events
+
+
+# ---- what replays are told of ----
+
+SCRIPT = """
+async def route(request, fleet, *, where: str = "d0"):
+    engine = next(engine for engine in fleet.engines if engine.name == where)
+    async for token in engine.start_generate(request):
+        yield token
+"""
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "max_position_embeddings": 4096,
+    "vocab_size": 256,
+}
+
+FLEET = """
+name = "big"
+[models.tiny]
+path = "model"
+[defaults.kv]
+size = "1MiB"
+[[engine]]
+name = "x"
+runner = "simulated"
+device = "cpu:0"
+count = {count}
+max_num_seqs = 8
+[[router]]
+name = "front"
+script = "least_loaded"
+"""
