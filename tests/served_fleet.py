@@ -5,8 +5,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from byte_tokenizer import write_byte_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FLEET = """\
 name = "test"
@@ -42,11 +42,7 @@ class ServedFleet:
         self.place = place
         folder = place.model(vocab_size=256)
         (folder / "model.safetensors").unlink()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(alphabet)}, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.save(str(folder / "tokenizer.json"))
+        write_byte_tokenizer(folder)
         up = place.callboard("up", str(place.write(FLEET.format(listen=listen, more=more))), "--detach")
         assert up.returncode == 0, up.stderr
         self.url: str = self.ps()["url"]

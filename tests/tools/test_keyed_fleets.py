@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import write_byte_tokenizer
 
 from callboard.bus.keys import KEY_FILE, read_secret
 
@@ -37,11 +37,7 @@ def simulated_model(place: Any) -> None:
     """Write a model directory that a simulated engine and the frontend take: a shape, and a tokenizer of bytes."""
     folder = place.model(vocab_size=256)
     (folder / "model.safetensors").unlink()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder)
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
 
 

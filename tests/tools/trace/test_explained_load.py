@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from byte_tokenizer import write_byte_tokenizer
 from real_fleet import RealFleet, real_fleet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from callboard.actors.engine.simulated import Simulation
 from callboard.actors.node_spec import ActorSpec
@@ -39,11 +39,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[RealFleet]:
     shape = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
     shape |= {"num_key_value_heads": 2, "max_position_embeddings": 8192, "vocab_size": 256}
     (folder / "config.json").write_bytes(msgspec.json.encode(shape))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder)
     async with real_fleet(tmp_path) as fleet:
         served = {"tiny": {"path": str(folder), "max_model_len": 8192}}
         router = msgspec.to_builtins(fleet.address("control", "main"))
