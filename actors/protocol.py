@@ -7,6 +7,13 @@ from the end; None means the whole prompt.
 from callboard.bus import Address, Ask, Message, Stream, Tell
 from callboard.kv.layout import KvLayout
 
+from .page_protocol import CloseWrite as CloseWrite
+from .page_protocol import Done as Done
+from .page_protocol import OpenWrite as OpenWrite
+from .page_protocol import TakePages as TakePages
+from .page_protocol import Tie as Tie
+from .page_protocol import Tied as Tied
+from .page_protocol import WriteOpened as WriteOpened
 from .values import BadRequest as BadRequest
 from .values import Counters as Counters
 from .values import Entry as Entry
@@ -111,10 +118,6 @@ class Probe(Ask[Probed], frozen=True):
     """To a KV manager: how much of this prompt is cached? Changes nothing."""
 
     prompt: bytes
-
-
-class Done(Message, frozen=True):
-    """It was done, or there was nothing to do."""
 
 
 class Release(Ask[Done], frozen=True):
@@ -247,49 +250,6 @@ class ComputeKv(Stream[LayersDone | KvComputed], frozen=True):
     block_table: bytes
     num_cached_tokens: int
     attachment: str = ""
-
-
-# ---- KV manager and KV manager -----------------------------------------------------------------------------------
-
-
-class Tied(Message, frozen=True):
-    """The first and only item of Tie: the pool that may be written into."""
-
-    pool_path: str
-
-
-class Tie(Stream[Tied], frozen=True):
-    """A sending KV manager's standing tie to a receiving one. Raises StaleReservation for another epoch."""
-
-    epoch: str
-    writer: Address | None = None
-    """Where the sending one is: to be asked whether it is still the same process, if the tie breaks."""
-
-
-class WriteOpened(Message, frozen=True):
-    """Leave to write, and the pool to write into."""
-
-    pool_path: str
-    num_blocks: int
-
-
-class OpenWrite(Ask[WriteOpened], frozen=True):
-    """The sending manager is about to write ``[begin, end)`` of a reservation. Raises StaleReservation, BadRange."""
-
-    reservation_id: str
-    epoch: str
-    write_id: str
-    begin: int
-    end: int
-
-
-class CloseWrite(Ask[Done], frozen=True):
-    """The write is over and will never touch the slots again; ``is_complete`` says whether all of it is in place."""
-
-    reservation_id: str
-    epoch: str
-    write_id: str
-    is_complete: bool
 
 
 class KvStats(Message, frozen=True):

@@ -37,6 +37,8 @@ class KvAddr(msgspec.Struct, frozen=True, array_like=True):
     begin: int
     end: int
     slots: tuple[SlotRun, ...]
+    wire_dtype: str = ""
+    """What KV is converted to for a lane that packs it; as it is in the pool if empty."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

@@ -12,7 +12,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KvLayout(msgspec.Struct, frozen=True, array_like=True):
-    """The shape of one token's KV and of a block. Two pools can exchange pages only if their layouts are equal."""
+    """The shape of one token's KV and of a block."""
 
     num_layers: int
     num_kv_heads: int
@@ -34,6 +34,11 @@ class KvLayout(msgspec.Struct, frozen=True, array_like=True):
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         return self.block_size * self.token_bytes
+
+    def can_exchange_with(self, other: "KvLayout") -> bool:
+        """Return whether pages can go from one pool to the other; their block size and dtype may differ."""
+        mine, theirs = (self.num_layers, self.num_kv_heads, self.head_dim), (other.num_layers, other.num_kv_heads)
+        return mine == (*theirs, other.head_dim)
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Return how many blocks fit into ``num_bytes``."""

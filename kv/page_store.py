@@ -101,12 +101,12 @@ def copy_slots(
     *,
     piece_bytes: int = PIECE_BYTES,
 ) -> Iterator[int]:
-    """Copy slots of some layers between pools of equal layout; yields the bytes copied, after each piece.
+    """Copy slots of some layers between pools whose slots are alike; yields the bytes copied, after each piece.
 
     Exhaust it, or what follows the last piece is not copied.
     """
     # Hot: once per run, layer and half. Slices of memoryviews cost one memcpy each.
-    assert source.layout == target.layout
+    assert source.layout.slot_bytes == target.layout.slot_bytes
     width = source.layout.slot_bytes
     read, write = source.view, target.view
     done = 0

@@ -52,10 +52,10 @@ from callboard.kv.slots import resolve_range, slot_runs
 from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tokens
 
 from .attachments import Attachments
-from .peers import SELF, Writers
 from .pool_actor import PoolActor
 from .queue import BlockQueue, Priority
 from .sender import Sender
+from .writers import SELF, Writers
 
 REPORT_S = 0.2
 """How often the directory hears of the load."""

@@ -10,6 +10,7 @@ from callboard.kv.block_manager import BlockManager, Loan
 from callboard.kv.lanes import Pace, SimulatedPace
 from callboard.kv.layout import KvLayout, StaleReservation
 from callboard.kv.page_store import PageStore
+from callboard.kv.slots import slot_runs
 
 from .queue import BlockQueue
 
@@ -70,7 +71,9 @@ class PoolActor(Actor):
             writer=writer,
             now=self.node.clock.now(),
         )
-        return WriteOpened(self.pool_path, self.config.num_blocks)
+        held = self.blocks.reservations.get(message.reservation_id)
+        slots = slot_runs(held.block_table, message.begin, message.end, self.config.layout.block_size)
+        return WriteOpened(self.pool_path, self.config.num_blocks, slots)
 
     def close_write(self, message: CloseWrite) -> Done:
         """Hear that a writer will never touch its slots again. A repeat does nothing. Raises StaleReservation."""

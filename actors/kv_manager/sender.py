@@ -18,6 +18,7 @@ from callboard.actors.protocol import (
     OpenWrite,
     RemoteSend,
     Sent,
+    WriteOpened,
 )
 from callboard.bus import (
     FOREVER,
@@ -34,33 +35,52 @@ from callboard.bus import (
 )
 from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
-from callboard.kv.lanes import Lane, LaneClosed, MappedLane
-from callboard.kv.layout import BadRange, StaleReservation
-from callboard.kv.slots import cut_runs, num_slots, pair_runs, resolve_range, slot_runs
+from callboard.kv.lanes import Lane, LaneClosed, MappedLane, PageWrite
+from callboard.kv.layout import BadRange, SlotRun, StaleReservation
+from callboard.kv.slots import cut_runs, num_slots, resolve_range, slot_runs
 from callboard.kv.tokens import num_tokens, pack_tokens
 
 from .attachments import Attachments
-from .peers import SELF, Peers
+from .peers import Peers
 from .pool_actor import PoolActor
 from .queue import Priority
+from .writers import SELF
 
 RETRY_S = 0.2
 GIVE_UP_S = 600.0
 """How long a receiver that cannot be reached is told that a write is over. If it lives, it sees our tie end."""
 
 
-class Transfer:
-    """The pages of ``[begin, end)`` on their way from a loan into a reservation."""
+class OpenedWrite:
+    """Leave to write ``slots``, those of ``[begin, end)``, and the lane to do it over."""
 
-    def __init__(self, manager: PoolActor, kv: KvAddr, lane: Lane, loan: Loan, begin: int, end: int) -> None:
+    def __init__(self, opening: OpenWrite, opened: WriteOpened, lane: Lane) -> None:
+        self.opening = opening
+        self.opened = opened
+        self.lane = lane
+        self.begin = opening.begin
+        self.end = opening.end
+
+    def pages(self, begin: int, end: int, layers: range, source: tuple[SlotRun, ...]) -> PageWrite:
+        """Return what is to be written of the tokens ``[begin, end)``."""
+        opening = self.opening
+        target = cut_runs(self.opened.slots, begin - self.begin, end - self.begin)
+        return PageWrite(opening.reservation_id, opening.epoch, opening.write_id, begin, end, layers, source, target)
+
+
+class Transfer:
+    """The pages of a write on their way from a loan into a reservation."""
+
+    def __init__(self, manager: PoolActor, kv: KvAddr, write: OpenedWrite, loan: Loan) -> None:
         self.num_bytes = 0
+        self._num_sent = 0
         self.seconds = 0.0
         self._manager = manager
         self._kv = kv
-        self._lane = lane
+        self._write = write
         self._loan = loan
-        self._begin = begin
-        self._end = end
+        self._begin = write.begin
+        self._end = write.end
 
     async def send(self, begin: int, end: int, layers: range) -> None:
         """Send what of ``[begin, end)`` is wanted, for these layers. Returns when it is in place."""
@@ -69,12 +89,12 @@ class Transfer:
             return
         clock = self._manager.node.clock
         started = clock.now()
-        source = slot_runs(self._loan.block_table, begin, end, self._kv.layout.block_size)
-        copies = pair_runs(source, cut_runs(self._kv.slots, begin - self._kv.begin, end - self._kv.begin))
+        source = slot_runs(self._loan.block_table, begin, end, self._manager.config.layout.block_size)
         try:
-            num_bytes = await self._lane.write(self._manager.store, copies, layers)
+            num_bytes = await self._write.lane.write(self._manager.store, self._write.pages(begin, end, layers, source))
         except LaneClosed:
             raise LinkLost(f"the tie to {self._kv.manager} broke before all pages were sent") from None
+        self._num_sent += (end - begin) * len(layers)
         self.num_bytes += num_bytes
         self._manager.num_bytes_sent += num_bytes
         ended = clock.now()
@@ -85,7 +105,7 @@ class Transfer:
             started,
             end=ended,
             num_bytes=num_bytes,
-            lane=self._lane.name,
+            lane=self._write.lane.name,
             to=self._kv.manager.actor,
             layer_begin=layers.start,
             layer_end=layers.stop,
@@ -95,8 +115,8 @@ class Transfer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every byte has been sent."""
-        return self.num_bytes >= (self._end - self._begin) * self._kv.layout.token_bytes
+        """Whether every layer of every token has been sent."""
+        return self._num_sent >= (self._end - self._begin) * self._kv.layout.num_layers
 
 
 class Sender:
@@ -120,14 +140,15 @@ class Sender:
         begin, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
         if begin >= end:
             return Sent(0, "", 0, 0, 0.0, 0.0, 0.0, 0.0)
-        if kv.layout != manager.config.layout:
-            raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool has another layout than this one")
-        if not kv.begin <= begin < end <= kv.end or num_slots(kv.slots) != kv.end - kv.begin:
+        if not kv.layout.can_exchange_with(manager.config.layout):
+            raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool holds the KV of another model")
+        if not kv.begin <= begin < end <= kv.end:
             raise BadRange(begin=begin, end=end, num_tokens=kv.end, reason="it is not inside the reservation")
-        async with self._write(kv, begin, end, begin_s) as lane:
+        async with self._write(kv, begin, end, begin_s) as write:
             # Before an engine computes: a refusal after that would be taken for the engine's, that it writes nothing.
-            if not lane.fits(kv.slots):
-                raise StaleReservation(reservation_id=kv.reservation_id, reason="it names slots outside of its pool")
+            slots = write.opened.slots
+            if num_slots(slots) != end - begin or not write.lane.fits(slots):
+                raise StaleReservation(reservation_id=kv.reservation_id, reason="its manager names slots that are none")
             loan = await manager.queue.take(
                 Priority.SEND,
                 self._num_blocks(kv, end),
@@ -135,8 +156,8 @@ class Sender:
                 manager.end_loan,
                 message.wait_s,
             )
-            transfer = Transfer(manager, kv, lane, loan, begin, end)
-            return await self._fill(message, transfer, loan, begin, end, lane.name)
+            transfer = Transfer(manager, kv, write, loan)
+            return await self._fill(message, transfer, loan, begin, end, write.lane.name)
 
     def _num_blocks(self, kv: KvAddr, end: int) -> int:
         """Return how many blocks of this pool it comes to, those of the reservation included where they are here."""
@@ -227,16 +248,17 @@ class Sender:
     # ---- the receiver's side -------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _write(self, kv: KvAddr, begin: int, end: int, begin_s: float) -> AsyncIterator[Lane]:
-        """Open the write, give the lane, close the write: complete if the body came to its end."""
+    async def _write(self, kv: KvAddr, begin: int, end: int, begin_s: float) -> AsyncIterator[OpenedWrite]:
+        """Open the write, give leave and lane, close the write: complete if the body came to its end."""
         manager = self._manager
         write_id = manager.node.new_id()
         opening = OpenWrite(kv.reservation_id, kv.epoch, write_id, begin, end)
         if kv.manager == manager.ref.address:
-            manager.open_write(opening, writer=SELF)
+            opened = manager.open_write(opening, writer=SELF)
             is_complete = False
             try:
-                yield MappedLane("inproc", manager.store, is_owner=False, pace=manager.pace(manager.name))
+                own = MappedLane("inproc", manager.store, is_owner=False, pace=manager.pace(manager.name))
+                yield OpenedWrite(opening, opened, own)
                 is_complete = True
             finally:
                 manager.close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))
@@ -247,12 +269,12 @@ class Sender:
         is_closed = False
         try:
             try:
-                await peer.ref.ask(opening)
+                opened = await peer.ref.ask(opening)
             except Refusal:
                 is_closed = True
                 raise
             manager.node.note_turn(call, begin_s, "tie", end=_sent(call))
-            yield peer.ready.result()
+            yield OpenedWrite(opening, opened, peer.ready.result())
             begin_s = _since(call, manager.node)
             closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=True)
             try:

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from two_managers import LAYOUT, PROMPT, admit, finish, in_virtual_time, is_in_place, prep, running, send
 
@@ -131,21 +132,17 @@ async def test_a_released_or_foreign_reservation_is_refused(fleet):
     assert (await fleet.stats("d")).free == 16
 
 
-async def test_slots_outside_of_the_pool_are_never_written():
-    async with running(d_config={"num_blocks": 4}) as fleet:
+@pytest.mark.parametrize("slots", [(SlotRun(40, 11),), (SlotRun(0, 11),), ()])
+async def test_the_slots_of_an_address_are_not_believed(slots):
+    async with running() as fleet:
+        other = await fleet.at("d").ask(prep([1], request_id="other"))
         reserved = await fleet.at("d").ask(prep(PROMPT))
-        forged = type(reserved.kv)(
-            reserved.kv.manager,
-            reserved.kv.epoch,
-            reserved.kv.reservation_id,
-            LAYOUT,
-            0,
-            11,
-            (SlotRun(40, 11),),
-        )
-        message = RemoteSend("r", 0, pack_tokens(PROMPT), forged, 0, 11, "engine")
-        with pytest.raises(StaleReservation, match="outside"):
-            await fleet.at("p").ask(message)
+        forged = msgspec.structs.replace(reserved.kv, slots=slots)
+        before = bytes(fleet.actors["d"].store.slot(0, 0, other.kv.slots[0].slot))
+        await fleet.at("p").ask(RemoteSend("r", 0, pack_tokens(PROMPT), forged, 0, 11, "engine"))
+        admitted = await fleet.at("d").ask(admit(PROMPT, reserved.kv))
+        assert is_in_place(fleet, "d", PROMPT, unpack_tokens(admitted.block_table), 0, 11)
+        assert bytes(fleet.actors["d"].store.slot(0, 0, other.kv.slots[0].slot)) == before
 
 
 async def test_an_engine_that_is_not_attached_is_unknown(fleet):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from fleet import Fleet, running_fleet
-from msgspec.structs import replace
 
 from callboard.actors.actor import stop_actor
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation, simulated_tokens
@@ -21,11 +20,11 @@ from callboard.actors.protocol import (
     SamplingParams,
     StartGenerate,
 )
-from callboard.bus import TapRecord, VirtualClock
+from callboard.bus import VirtualClock
 from callboard.bus.errors import ActorDied, LinkLost
 from callboard.bus.testing import run_virtual
 from callboard.bus.transports.inproc import InprocHub
-from callboard.kv.layout import OutOfBlocks, SlotRun, StaleReservation
+from callboard.kv.layout import OutOfBlocks
 from callboard.kv.tokens import pack_tokens
 
 LAYOUT = SimulatedRunner(Simulation()).layout
@@ -139,23 +138,6 @@ def test_slab_blocks_that_arrive_late_are_not_lost() -> None:
             hub.late.clear()
             await asyncio.gather(*going)
             await fleet.assert_nothing_leaks()
-
-    run_virtual(story)
-
-
-def test_slots_outside_of_the_pool_are_refused_before_an_engine_computes() -> None:
-    async def story() -> None:
-        async with fleet_of() as fleet:
-            prompt = prompt_of(40)
-            await generate(fleet, "p", prompt_of(16), 1)  # a cached block would be sent while the engine computes
-            reserved = await prep(fleet, "kv-d", prompt)
-            forged = replace(reserved.kv, slots=(SlotRun(16 * 16, 40),))
-            received: list[str] = []
-            fleet.nodes["p"].follow(lambda row, _: received.append(TapRecord(*row).name), everything=True)
-            with pytest.raises(StaleReservation, match="outside"):
-                await send(fleet, "kv-p", prompt, Reserved(forged, 0, 40, 0))
-            assert "ComputeKv" not in received
-            assert (await fleet.stats("kv-p")).leased == 0
 
     run_virtual(story)
 

@@ -6,12 +6,11 @@ import sys
 
 import pytest
 
-from callboard.kv.lanes import open_lane, open_pool
+from callboard.kv.lanes import PageWrite, open_lane, open_pool
 from callboard.kv.layout import KvLayout, SlotRun
 from callboard.kv.page_store import PageStore
 from callboard.kv.pool_socket import PoolServer, WrongPool, fetch_pool
 from callboard.kv.published import published_to_processes
-from callboard.kv.slots import SlotCopy
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4)
 
@@ -51,7 +50,8 @@ async def test_one_process_writes_into_the_pool_of_another(owner):
     mine.slot(1, 1, 5)[:] = bytes(range(16))
     lane = await open_lane(path, None, epoch="e1")
     assert lane.name == "shm"
-    assert await lane.write(mine, [SlotCopy(4, 30, 2)], range(2)) == 2 * 2 * 2 * 16
+    pages = PageWrite("r", "e1", "w", 0, 2, range(2), (SlotRun(4, 2),), (SlotRun(30, 2),))
+    assert await lane.write(mine, pages) == 2 * 2 * 2 * 16
     owner.stdin.write("\n")
     owner.stdin.flush()
     assert owner.stdout.readline().strip() == bytes(range(16)).hex()

@@ -12,7 +12,7 @@ from replayed import CONFIG, FLEET, MODEL, SCRIPT, Load, load, record
 
 from callboard.actors.engine.simulated import Simulation
 from callboard.bus.taps import SENT
-from callboard.kv import lanes
+from callboard.kv.lanes import pace
 from callboard.tools.cli import main
 from callboard.tools.replay.costs import CostsOf
 from callboard.tools.replay.recorded import HashedTokens, Requests
@@ -25,7 +25,7 @@ from callboard.tools.trace.event import Event
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages take no time: else they take a random one, which a replay knows the mean of."""
-    monkeypatch.setattr(lanes, "PAGE_S", (0.0,))
+    monkeypatch.setattr(pace, "PAGE_S", (0.0,))
 
 
 @pytest.fixture(autouse=True)
