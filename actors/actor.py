@@ -4,7 +4,7 @@ The bus itself takes any object with ``on_*`` handlers; this class adds what a l
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from callboard.bus import Node, Ref
@@ -19,6 +19,10 @@ class Actor:
     ref: Ref
     directory: Ref | None
     """The fleet's directory, None outside of a fleet."""
+    host: str = ""
+    """The joined host it runs on, by its name in the fleet; empty where the fleet was started."""
+    ask_to_kill: Callable[[str, str, str], None] | None = None
+    """Asks the launcher to kill a node: its name, its incarnation, and why. A KV manager has it, in a process."""
     _tasks: Tasks
 
     async def start(self) -> None:
@@ -32,11 +36,12 @@ class Actor:
         return self._tasks.spawn(coroutine)
 
 
-async def start_actor(node: Node, name: str, actor: Actor, *, directory: Ref | None = None) -> Ref:
+async def start_actor(node: Node, name: str, actor: Actor, *, directory: Ref | None = None, host: str = "") -> Ref:
     """Put an actor on a node and start it; returns its ref. If the start fails, the actor is taken off again."""
     actor.node = node
     actor.name = name
     actor.directory = directory
+    actor.host = host
     actor._tasks = Tasks(lambda error: node.crash(name, error))
     actor.ref = node.add(name, actor, after_crash=actor._tasks.cancel)
     try:

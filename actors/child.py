@@ -26,7 +26,9 @@ class Child:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.detail = ""
-        """The sentence of its failure, if it told one."""
+        """The sentence of its failure, if it told one, or of why it was killed."""
+        self.incarnation = ""
+        """Its node's, from when it is ready."""
         self._process = process
 
     @classmethod
@@ -62,20 +64,26 @@ class Child:
         """Tell ``on_state`` of the way up; return True once it is ready and False if it ends before."""
         while (status := await self._next_status()) is not None:
             if status.state == "ready":
+                self.incarnation = status.incarnation
                 return True
-            if status.state != "failed":  # That is told once it has ended.
+            if status.state not in ("failed", "kill"):  # The one is told once it has ended, the other is too early.
                 on_state(status.state, status.detail)
         return False
 
-    async def ended(self) -> int:
-        """Wait for the end; return the exit code, or the negative signal."""
-        code = await self._process.wait()
-        try:
-            async with asyncio.timeout(LAST_WORDS_S):
-                while await self._next_status() is not None:
-                    pass
-        except TimeoutError:
-            pass  # A process of its own still holds the pipe.
+    async def ended(self, on_kill: Callable[[Status], None] = lambda status: None) -> int:
+        """Wait for the end; return the exit code, or the negative signal. ``on_kill`` hears whom it wants killed."""
+
+        async def hear() -> None:
+            while (status := await self._next_status()) is not None:
+                if status.state == "kill":
+                    on_kill(status)
+
+        async with asyncio.TaskGroup() as group:
+            hearing = group.create_task(hear())
+            code = await self._process.wait()
+            # What is left in the pipe are its last words, unless a process of its own still holds it.
+            await asyncio.wait((hearing,), timeout=LAST_WORDS_S)
+            hearing.cancel()
         return code
 
     async def _next_status(self) -> Status | None:
@@ -93,6 +101,11 @@ class Child:
         if status.state == "failed":
             self.detail = status.detail
         return status
+
+    def kill(self, why: str) -> None:
+        """Kill it, for a reason that is told as that of its failure."""
+        self.detail = why
+        self.signal(signal.SIGKILL)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; to a process that has ended, nothing."""

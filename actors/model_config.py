@@ -3,6 +3,7 @@
 The launcher sizes pools by it, and the engine checks requests against it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,28 @@ def layout_of(facts: ModelFacts, block_size: int = 16, dtype: str = "float32") -
     if block_size < 1:
         raise ModelConfigError(f"a block cannot hold {block_size} tokens")
     return KvLayout(facts.num_layers, facts.num_kv_heads, facts.head_dim, block_size, dtype)
+
+
+def kv_shape(of: ModelFacts | KvLayout) -> str:
+    """Return, for people, what two engines' KV must have in common for one to take the other's."""
+    return f"{of.num_layers} layers of {of.num_kv_heads} heads of {of.head_dim}"
+
+
+def fingerprint_of(directory: str | Path, *, dtype: str, runner: str = "transformers") -> str:
+    """Return what tells a model's KV from any other's: 16 bytes, as hex digits.
+
+    It stands for the directory, its config.json, its weights (names, sizes, and when they were changed), the dtype and
+    the runner that computes in it. Raises ModelConfigError.
+    """
+    directory = Path(directory).resolve()
+    weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    try:
+        files = [(path.name, (found := path.stat()).st_size, found.st_mtime_ns) for path in weights]
+        config = (directory / "config.json").read_bytes()
+    except OSError as error:
+        raise ModelConfigError(f"cannot read the model in {directory}: {error}") from None
+    whole = msgspec.msgpack.encode((str(directory), config, files, dtype, runner))
+    return hashlib.blake2b(whole, digest_size=16).hexdigest()
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

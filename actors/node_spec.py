@@ -44,6 +44,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     actors: tuple[ActorSpec, ...]
     log: str
     directory: Address | None = None
+    host: str = ""
+    """The joined host it runs on; empty where the fleet was started."""
     keys: bytes | None = None
     """The secret of the fleet's keys. It comes by the pipe alone: no argument, environment or file shows it."""
     silent_s: float = 5.0
@@ -73,7 +75,14 @@ class NodeSpec(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line from the process: it imports, an actor starts, all are ready, or why not."""
+    """A line from the process: it imports, an actor starts, all are ready, or why not.
 
-    state: Literal["starting", "loading", "ready", "failed"]
+    Later on, "kill" asks for the end of another node of this launcher's, whose process is stuck; of a KV manager alone.
+    """
+
+    state: Literal["starting", "loading", "ready", "failed", "kill"]
     detail: str = ""
+    node: str = ""
+    """Whom to kill."""
+    incarnation: str = ""
+    """Of the process that is ready, or of the one that is to be killed: its successor has another."""

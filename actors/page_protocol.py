@@ -4,7 +4,7 @@ protocol.py has them too, with every other message of the system.
 """
 
 from callboard.bus import Address, Ask, Message, Stream
-from callboard.kv.lanes.choose import LaneOffer
+from callboard.kv.lanes.choose import MAPPED, LaneOffer
 from callboard.kv.layout import KvLayout, SlotRun
 
 
@@ -22,11 +22,20 @@ class Tied(Message, frozen=True):
 
 
 class Tie(Stream[Tied], frozen=True):
-    """A sending KV manager's standing tie to a receiving one. Raises StaleReservation for another epoch."""
+    """A sending KV manager's standing tie to a receiving one.
+
+    Raises StaleReservation for another epoch, BadRequest where no lane leads from one to the other.
+    """
 
     epoch: str
     writer: Address | None = None
     """Where the sending one is: to be asked whether it is still the same process, if the tie breaks."""
+    lanes: tuple[str, ...] = MAPPED
+    """The kinds of lanes that the sending one can go."""
+    machine: str = ""
+    """Where it runs: what is mapped is mapped on one machine."""
+    gpu: str = ""
+    """The uuid of the GPU that its pool is on; empty for host memory."""
 
 
 class WriteOpened(Message, frozen=True):

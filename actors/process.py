@@ -65,12 +65,12 @@ class Reporter:
         self.has_been_ready = False
         self._fd = fd
 
-    def __call__(self, state: Any, detail: str = "") -> None:
+    def __call__(self, state: Any, detail: str = "", *, node: str = "", incarnation: str = "") -> None:
         self.has_been_ready |= state == "ready"
         try:
             # A line that the launcher can read whatever was raised here: of bounded length, and of characters.
             detail = detail[:MAX_DETAIL].encode(errors="replace").decode()
-            os.write(self._fd, msgspec.json.encode(Status(state, detail)) + b"\n")
+            os.write(self._fd, msgspec.json.encode(Status(state, detail, node, incarnation)) + b"\n")
         except OSError:
             pass
 
@@ -116,7 +116,17 @@ def make_actor(kind: Any, config: dict[str, Any]) -> Any:
         raise CannotStart(f"{kind.__name__} does not take these options: {error}") from error
 
 
-async def _start(node: Node, spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], stack: AsyncExitStack) -> None:
+async def _start(
+    node: Node,
+    spec: NodeSpec,
+    actors: list[tuple[ActorSpec, Any]],
+    stack: AsyncExitStack,
+    report: Callable[..., object],
+) -> None:
+    def ask_to_kill(name: str, incarnation: str, why: str) -> None:
+        log.warning("asking the launcher to kill %s: %s", name, why)
+        report("kill", why, node=name, incarnation=incarnation)
+
     directory = None if spec.directory is None else node.ref(spec.directory)
     tracer = Tracer(Tracer.Config(spec.trace.keep, spec.trace.prompts))
     await start_actor(node, TRACER, tracer)
@@ -125,13 +135,15 @@ async def _start(node: Node, spec: NodeSpec, actors: list[tuple[ActorSpec, Any]]
         if not isinstance(actor, Actor):
             node.add(actor_spec.name, actor)
         else:
-            await start_actor(node, actor_spec.name, actor, directory=directory)
+            if spec.kind == "kv_manager":
+                actor.ask_to_kill = ask_to_kill
+            await start_actor(node, actor_spec.name, actor, directory=directory, host=spec.host)
             stack.push_async_callback(stop_actor, actor)
         if spec.kind == "actor" and not any(
             isinstance(value, Registration) for value in getattr(actor, "__dict__", {}).values()
         ):
             resident = Resident(actor_spec.name)
-            await start_actor(node, f"{actor_spec.name}.resident", resident, directory=directory)
+            await start_actor(node, f"{actor_spec.name}.resident", resident, directory=directory, host=spec.host)
             stack.push_async_callback(stop_actor, resident)
 
 
@@ -155,11 +167,11 @@ async def serve(
     node = make_node(spec.name, endpoint=spec.endpoint, fleet=spec.fleet, on_crash=on_crash, **options)
     async with node, AsyncExitStack() as stack:
         try:
-            starting, stopping = tasks.spawn(_start(node, spec, actors, stack)), tasks.spawn(stop.wait())
+            starting, stopping = tasks.spawn(_start(node, spec, actors, stack, report)), tasks.spawn(stop.wait())
             await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
-                report("ready")
+                report("ready", incarnation=node.incarnation)
                 log.info("ready")
             await stopping
             log.info("stopping%s", f" ({crashes[0]})" if crashes else "")
@@ -235,11 +247,11 @@ async def _main(spec: NodeSpec, actors: list[tuple[ActorSpec, Any]], watch: Laun
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     report("loading")
 
-    def tell(state: str, *more: str) -> None:
+    def tell(state: str, *more: str, **named: str) -> None:
         if state == "ready":  # What is loaded by now stays: full collections, which stop the loop, need not walk it.
             gc.collect()
             gc.freeze()
-        report(state, *more)
+        report(state, *more, **named)
 
     try:
         links = LinkConfig(ping_s=min(1.0, spec.silent_s / 5), silent_s=spec.silent_s)

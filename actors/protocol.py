@@ -112,6 +112,10 @@ class Probed(Message, frozen=True):
     num_blocks: int
     incarnation: str = ""
     cached_blocks: int = 0
+    num_tier_tokens: int = 0
+    """Of the tokens behind the cached ones, those whose KV is in host memory or on disk."""
+    node: str = ""
+    """The node that answers."""
 
 
 class Probe(Ask[Probed], frozen=True):
@@ -155,12 +159,14 @@ class Recall(Message, frozen=True):
 class Attach(Stream[Attached | Recall], frozen=True):
     """An engine's standing tie to its KV manager: when it ends, everything the engine held is given back.
 
-    Raises BadRequest if the engine's layout is not the pool's.
+    Raises BadRequest if the engine's layout, or its model, is not the pool's.
     """
 
     engine: str
     layout: KvLayout
     address: Address
+    fingerprint: str = ""
+    """Of the model whose KV it is (model_config.py): engines of one pool share a prefix cache, so it must be one."""
 
 
 class Admitted(Message, frozen=True):

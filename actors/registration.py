@@ -32,7 +32,7 @@ class Registration:
     """
 
     def __init__(self, actor: Actor, entry: Entry, lease_s: float = 3.0) -> None:
-        self.entry = msgspec.structs.replace(entry, started=round(actor.node.clock.wall(), 3))
+        self.entry = msgspec.structs.replace(entry, started=round(actor.node.clock.wall(), 3), host=actor.host)
         self.lease_s = lease_s
         self.is_registered = False
         self._actor = actor

@@ -14,7 +14,7 @@ import msgspec
 from callboard.bus.tasks import Tasks
 
 from .child import Child
-from .node_spec import NodeKind, NodeSpec
+from .node_spec import NodeKind, NodeSpec, Status
 
 STOP_ORDER: tuple[NodeKind, ...] = ("actor", "engine", "kv_manager", "control")
 MAX_BACKOFF_S = 30.0
@@ -125,7 +125,7 @@ class Supervisor:
                         await child.ended()
                 except TimeoutError:
                     child.signal(signal.SIGKILL)
-            code = await child.ended()
+            code = await child.ended(lambda status: self._on_kill(spec, status))
             if self._stopping.is_set():
                 self._change(spec, "stopped")
                 if not ready.done():
@@ -148,6 +148,17 @@ class Supervisor:
             num_failures += 1
             if self._stopping.is_set():
                 return
+
+    def _on_kill(self, asking: NodeSpec, status: Status) -> None:
+        """Kill a process that keeps blocks of a KV manager's pool and is out of reach; its node starts again.
+
+        Heard of KV managers alone, of the engines and KV managers here, and of the very process that is meant.
+        """
+        spec, child = self._specs.get(status.node), self._children.get(status.node)
+        if asking.kind != "kv_manager" or spec is None or child is None or spec.name == asking.name:
+            return
+        if spec.kind in ("engine", "kv_manager") and status.incarnation and child.incarnation == status.incarnation:
+            child.kill(f"it was killed for {asking.name}: {status.detail}")
 
     async def _spawn(self, spec: NodeSpec) -> Child:
         fds = list(self._inherited)

@@ -37,8 +37,6 @@ class KvAddr(msgspec.Struct, frozen=True, array_like=True):
     begin: int
     end: int
     slots: tuple[SlotRun, ...]
-    wire_dtype: str = ""
-    """What KV is converted to for a lane that packs it; as it is in the pool if empty."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -75,6 +73,16 @@ class Counters(msgspec.Struct, frozen=True, array_like=True):
     num_evicted_blocks: int = 0
     num_bytes_sent: int = 0
     """Of KV, into other pools."""
+    num_tier_hit_tokens: int = 0
+    """Tokens whose KV came back from host memory or disk."""
+    num_tier_bytes_read: int = 0
+    """Of KV, from disk."""
+    num_tier_bytes_written: int = 0
+    """Of KV, to disk, with what files have beside."""
+    num_tier_dropped_blocks: int = 0
+    """Cached blocks that were lost, because they were evicted before a tier had them, or could not be written."""
+    num_tier_bad_blocks: int = 0
+    """Files on disk that did not hold what they should, and were removed."""
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -123,3 +131,5 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     counters: Counters = Counters()
     started: float = 0.0
     """When the actor first entered the directory, on its node's wall clock; 0: it is not known."""
+    host: str = ""
+    """The joined host that it runs on, by its name in the fleet; empty where the fleet was started."""

@@ -32,7 +32,13 @@ def machine() -> dict[str, Any]:
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
     )
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "device": None}
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "device": _gpu()}
+
+
+def _gpu() -> str | None:
+    """Return the GPU's name, if this ran on one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
 def _lines(path: str) -> list[str]:
@@ -69,19 +75,17 @@ def goal(name: str, found: float | Sequence[float], limit: str) -> dict[str, Any
     return item if isinstance(found, float) else {**item, "range": [round(min(found), 4), round(max(found), 4)]}
 
 
-def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None) -> None:
-    """Print the rows as one table and the goals under it; write the JSON if a path is given."""
+def report(
+    name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None, *, by: str | None = None
+) -> None:
+    """Print the rows as one table, or one for each value of the column ``by``, and the goals under it.
+
+    Writes the JSON if a path is given.
+    """
     console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
-    table = Table(title=name)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        cells = [_cell(row.get(column)) for row in rows]
-        # Headings are folded to keep the table narrow, what stands under them is not.
-        width = max(map(len, [*cells, *column.split()]))
-        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right", width=width)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    console.print(table)
+    for value in dict.fromkeys(row[by] for row in rows) if by else (None,):
+        some = [{key: row[key] for key in row if key != by} for row in rows if by is None or row[by] == value]
+        console.print(_table(name if value is None else f"{name}: {value}", some))
     for item in goals:
         low, high = item.get("range", (None, None))
         between = "" if low is None else f", {low} to {high}"
@@ -96,6 +100,19 @@ def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], p
             "goals": goals,
         }
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        cells = [_cell(row.get(column)) for row in rows]
+        # Headings are folded to keep the table narrow, what stands under them is not.
+        width = max(map(len, [*cells, *column.split()]))
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right", width=width)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    return table
 
 
 def _cell(value: object) -> str:

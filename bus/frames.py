@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_BATCH_BYTES = 64 * 1024
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A prompt of 128 Ki tokens is 512 KiB: nothing that belongs on the bus comes near this."""

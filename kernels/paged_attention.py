@@ -25,6 +25,7 @@ def paged_attention(
     split: Tensor,
     scale: float,
     window: int | None = None,
+    host_lens: Tensor | None = None,
 ) -> Tensor:
     """Write ``key`` and ``value`` into their slots, then attend each query to its sequence's KV up to itself.
 
@@ -35,20 +36,24 @@ def paged_attention(
     block_tables  int32 [>= num_sequences, max_blocks], rows padded with any valid block id
     context_lens  int64 [>= num_sequences]: tokens of a sequence up to and including its last query
     query_start   int64 [>= num_sequences + 1]: the row at which a sequence's queries begin
-    split         int64 [2] on the CPU: num_decodes, num_sequences; the first num_decodes have one query each
+    split         int64 [2] on the CPU: num_decodes, num_sequences; the first num_decodes have one query each.
+                  A third number says how many slots are -1; without it they are looked for
     window        a query sees itself and the ``window - 1`` tokens before it; None: everything before it
+    host_lens     int64 [2, >= num_sequences + 1] on the CPU: context_lens and query_start once more, for a pool on a
+                  GPU. Without it they are fetched from there, and the step waits for the GPU in every layer
 
     Returns [num_tokens, num_heads, head_dim]. Distinct slots are the caller's duty.
     """
     check_shapes(query, key, value, pool, slots)
-    write_slots(key, value, pool, slots)
-    num_decodes, num_sequences = split.tolist()
+    num_decodes, num_sequences, *num_unwritten = split.tolist()
+    write_slots(key, value, pool, slots, has_unwritten=bool(num_unwritten[0]) if num_unwritten else None)
+    known_lens, known_start = (context_lens, query_start) if host_lens is None else host_lens
     output = torch.empty_like(query)
     if num_decodes:
-        _attend_decodes(query, pool, block_tables, context_lens, num_decodes, scale, window, output)
+        _attend_decodes(query, pool, block_tables, context_lens, known_lens[:num_decodes], scale, window, output)
     if num_sequences > num_decodes:
-        starts = query_start[: num_sequences + 1].tolist()
-        contexts = context_lens[:num_sequences].tolist()
+        starts = known_start[: num_sequences + 1].tolist()
+        contexts = known_lens[:num_sequences].tolist()
         for i in range(num_decodes, num_sequences):
             chunk = slice(starts[i], starts[i + 1])
             output[chunk] = _attend_chunk(query[chunk], pool, block_tables[i], contexts[i], scale, window)
@@ -68,6 +73,7 @@ def _(
     split: Tensor,
     scale: float,
     window: int | None = None,
+    host_lens: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(query)
 
@@ -127,10 +133,13 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, pool: Tensor, slots:
         raise ValueError(f"query is {query.dtype} on {query.device}, the pool is {pool.dtype} on {pool.device}")
 
 
-def write_slots(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
-    """Copy each token's key and value into its slot of one layer's pool; a slot of -1 is left out."""
+def write_slots(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor, *, has_unwritten: bool | None = None) -> None:
+    """Copy each token's key and value into its slot of one layer's pool; a slot of -1 is left out.
+
+    ``has_unwritten`` says whether there are such; None: look, for which a GPU is waited for.
+    """
     keys, values = pool.view(2, -1, *pool.shape[3:])
-    if bool((slots < 0).any()):
+    if bool((slots < 0).any()) if has_unwritten is None else has_unwritten:
         rows = (slots >= 0).nonzero().flatten()
         key, value, slots = key[rows], value[rows], slots[rows]
     keys.index_copy_(0, slots, key)
@@ -142,37 +151,48 @@ def _attend_decodes(
     pool: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
-    num_decodes: int,
+    known: Tensor,
     scale: float,
     window: int | None,
     output: Tensor,
 ) -> None:
+    """Attend the step's first queries, one a sequence. ``known`` [num_decodes] is their context_lens, on the CPU."""
+    num_decodes = known.shape[0]
     contexts = context_lens[:num_decodes]
-    lengths = contexts if window is None else contexts.clamp(max=window)
+    lengths = known if window is None else known.clamp(max=window)
     longest = int(lengths.max())
     # Hot: once per layer (bench/serve.py). One long sequence must not make every short one as dear as itself.
     if num_decodes > 1 and longest * num_decodes > MAX_PADDING * int(lengths.sum()) + 64 * num_decodes:
         is_long = lengths * 2 > longest
         for rows in (is_long.nonzero().flatten(), (~is_long).nonzero().flatten()):
-            output[rows] = _attend_batch(query[rows], pool, block_tables[rows], contexts[rows], scale, window)
+            there = rows.to(query.device)
+            output[there] = _attend_batch(
+                query[there], pool, block_tables[there], contexts[there], known[rows], scale, window
+            )
     else:
         rows = query[:num_decodes]
-        output[:num_decodes] = _attend_batch(rows, pool, block_tables[:num_decodes], contexts, scale, window)
+        output[:num_decodes] = _attend_batch(rows, pool, block_tables[:num_decodes], contexts, known, scale, window)
 
 
 def _attend_batch(
-    query: Tensor, pool: Tensor, block_tables: Tensor, contexts: Tensor, scale: float, window: int | None
+    query: Tensor,
+    pool: Tensor,
+    block_tables: Tensor,
+    contexts: Tensor,
+    known: Tensor,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """Attend one query per sequence: gather whole blocks, fold the GQA group into the query axis, mask by length."""
     num_sequences, num_heads, head_dim = query.shape
     block_size, num_kv_heads = pool.shape[2], pool.shape[3]
     if window is None:
         first_block = contexts.new_zeros(num_sequences)
-        num_columns = (int(contexts.max()) - 1) // block_size + 1
+        num_columns = (int(known.max()) - 1) // block_size + 1
         tables = block_tables[:, :num_columns]
     else:
         first_block = (contexts - window).clamp(min=0) // block_size
-        num_columns = int(((contexts - 1) // block_size - first_block).max()) + 1
+        num_columns = int(((known - 1) // block_size - (known - window).clamp(min=0) // block_size).max()) + 1
         columns = first_block[:, None] + torch.arange(num_columns, device=query.device)
         tables = block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1))
     gathered = pool.index_select(1, tables.flatten())

@@ -13,21 +13,27 @@ class Grant:
 
 
 class SequenceLease:
-    """The blocks that one sequence holds, one reference to each. ``grant`` is what it was admitted with."""
+    """The blocks that one sequence holds, one reference to each. ``grant`` is what it was admitted with.
 
-    __slots__ = ("blocks", "grant")
+    ``num_claims``: how often it was asked for. Who takes that back must not end it under the others.
+    """
+
+    __slots__ = ("blocks", "grant", "num_claims")
 
     def __init__(self, grant: Grant) -> None:
         self.grant = grant
+        self.num_claims = 0
         self.blocks = list(grant.block_table)
 
 
 class EngineAccount:
     """An attached engine: its slab and its sequences."""
 
-    def __init__(self, engine: str, incarnation: str, attachment: str) -> None:
+    def __init__(self, engine: str, incarnation: str, node: str, attachment: str) -> None:
         self.engine = engine
         self.incarnation = incarnation
+        self.node = node
+        """Where its process is: the next one of that name proves it dead."""
         self.attachment = attachment
         """Names the tie that it lasts for."""
         self.slab: dict[int, None] = {}

@@ -62,6 +62,7 @@ class BlockManager:
         self._node = node
         self._engines: dict[str, EngineAccount] = {}
         self._lost: dict[str, EngineAccount] = {}
+        """Accounts in quarantine, by attachment."""
         self._loans: dict[str, tuple[int, ...]] = {}
 
     def account(self, engine: str, attachment: str = "") -> EngineAccount:
@@ -77,49 +78,75 @@ class BlockManager:
 
     # ---- engines -------------------------------------------------------------------------------------------------
 
-    def attach(self, engine: str, incarnation: str) -> EngineAccount:
-        """Open an engine's account. Whatever it held before is given back: it has let go of it, or is dead."""
-        for accounts in (self._engines, self._lost):
-            old = accounts.pop(engine, None)
-            if old is not None:
-                self.cache.unpin(old.all_blocks())
-        self._engines[engine] = account = EngineAccount(engine, incarnation, self._new_id())
+    def attach(self, engine: str, incarnation: str, node: str = "") -> EngineAccount:
+        """Open an engine's account.
+
+        What its process held before is given back: it has let go of it. So is what another process held on the same
+        node, for that one is dead. But one that has taken the name over says nothing about who had it before.
+        """
+        if (before := self._engines.get(engine)) is not None:
+            self.detach(before, is_known=False)
+        for old in list(self._lost.values()):
+            if old.engine == engine and (old.incarnation == incarnation or old.node == node):
+                self.detach(old, is_known=True)
+        self._engines[engine] = account = EngineAccount(engine, incarnation, node, self._new_id())
         return account
 
     def detach(self, account: EngineAccount, *, is_known: bool) -> None:
         """Close an account: give all back if it is known that the engine writes no more, else quarantine it."""
-        if self._engines.get(account.engine) is not account:
+        if self._engines.get(account.engine) is account:
+            del self._engines[account.engine]
+        elif self._lost.pop(account.attachment, None) is None:
             return
-        del self._engines[account.engine]
         blocks = account.all_blocks()
         if is_known:
             self.cache.unpin(blocks)
         elif blocks:
-            self._lost[account.engine] = account
+            self._lost[account.attachment] = account
+
+    def granted(self, engine: str, sequence_id: str, attachment: str = "") -> Grant | None:
+        """Return what a sequence was admitted with, None if it was not: for a repeat. Raises UnknownActor."""
+        lease = self.account(engine, attachment).sequences.get(sequence_id)
+        if lease is None:
+            return None
+        lease.num_claims += 1
+        return lease.grant
+
+    def lease(self, engine: str, sequence_id: str) -> SequenceLease | None:
+        """Return what a sequence of an attached engine holds, None if there is none."""
+        account = self._engines.get(engine)
+        return None if account is None else account.sequences.get(sequence_id)
+
+    def disclaim(self, engine: str, sequence_id: str) -> None:
+        """Take one admission back, of which nobody has heard; the last one gives the sequence's blocks back."""
+        account = self._engines.get(engine)
+        lease = None if account is None else account.sequences.get(sequence_id)
+        if lease is not None:
+            lease.num_claims -= 1
+            if not lease.num_claims:
+                self.finish(engine, sequence_id, b"", ())
 
     def admit(self, engine: str, sequence_id: str, tokens: bytes, attachment: str = "") -> Grant:
         """Match ``tokens`` and lease blocks for all of them. A repeat gets the same grant.
 
         Raises OutOfBlocks, UnknownActor.
         """
-        account = self.account(engine, attachment)
-        lease = account.sequences.get(sequence_id)
-        if lease is None:
-            match = self.cache.match(tokens)
-            table = self.allocator.take(match.blocks, self.allocator.blocks_for(num_tokens(tokens)))
-            self.cache.note_query(num_tokens(tokens), match.num_tokens)
-            lease = account.sequences[sequence_id] = SequenceLease(Grant(table, match.num_tokens))
-        return lease.grant
+        repeated = self.granted(engine, sequence_id, attachment)
+        if repeated is not None:
+            return repeated
+        match = self.cache.match(tokens)
+        table = self.allocator.take(match.blocks, self.allocator.blocks_for(num_tokens(tokens)))
+        self.cache.note_query(num_tokens(tokens), match.num_tokens)
+        return self._grant(engine, sequence_id, Grant(table, match.num_tokens))
 
     def adopt(self, engine: str, sequence_id: str, tokens: bytes, reservation_id: str, attachment: str = "") -> Grant:
         """Move a sealed reservation's blocks to a sequence, and lease what ``tokens`` needs beyond them.
 
         A repeat gets the same grant. Raises OutOfBlocks, StaleReservation, UnknownActor.
         """
-        account = self.account(engine, attachment)
-        lease = account.sequences.get(sequence_id)
-        if lease is not None:
-            return lease.grant
+        repeated = self.granted(engine, sequence_id, attachment)
+        if repeated is not None:
+            return repeated
         held = self.reservations.get(reservation_id)
         reservation = held.reservation
         in_place = max(held.num_cached_tokens, reservation.end)
@@ -131,9 +158,7 @@ class BlockManager:
         self.allocator.require_fit(total)
         more = self.allocator.allocate(max(0, total - len(held.block_table)))
         self.reservations.take(held)
-        lease = SequenceLease(Grant((*held.block_table, *more), in_place))
-        account.sequences[sequence_id] = lease
-        return lease.grant
+        return self._grant(engine, sequence_id, Grant((*held.block_table, *more), in_place))
 
     def refill(self, engine: str, count: int, attachment: str = "") -> list[int]:
         """Lease up to ``count`` blocks to an engine's slab; perhaps none. Raises UnknownActor."""
@@ -213,6 +238,37 @@ class BlockManager:
         self.cache.insert(loan.tokens, loan.block_table)
         return True
 
+    def graft(self, loan: Loan, reservation_id: str, write_id: str) -> tuple[tuple[int, int], ...]:
+        """Let a write here have the loan's own blocks, all of whose KV is in place; return the ranges left to copy.
+
+        The reservation has them once the write is complete, and gives back what it had in their places. Left to copy
+        are the tokens of blocks that others write as well, and of a part-filled block that is sealed: who adopts the
+        reservation writes behind them. A loan is grafted once. Raises StaleReservation if the write is not open, or of
+        other tokens.
+        """
+        assert self._loans.get(loan.loan_id) == loan.block_table, "its KV is not in place, or it was grafted before"
+        held = self.reservations.get(reservation_id)
+        held.reservation.require_open()
+        write = held.reservation.writes.get(write_id)
+        if write is None:
+            raise StaleReservation(reservation_id=reservation_id, reason="this write is not open")
+        if loan.tokens[: write.end * TOKEN_BYTES] != held.prompt[: write.end * TOKEN_BYTES]:
+            raise StaleReservation(reservation_id=reservation_id, reason="it was made for other tokens")
+        size = self.allocator.block_size
+        first, last = -(-write.begin // size), write.end // size
+        grafts = {index: loan.block_table[index] for index in range(first, last)}
+        self.cache.pin(list(grafts.values()))
+        is_all_of_tail = write.begin <= last * size < write.end == held.reservation.end
+        if is_all_of_tail and self.allocator.pool.refs(loan.block_table[last]) == 1:
+            # Nobody but the loan has it: the hold passes on, and with it the right to write behind the tokens.
+            grafts[last] = tail = loan.block_table[last]
+            self._loans[loan.loan_id] = tuple(block for block in self._loans[loan.loan_id] if block != tail)
+        self.reservations.graft(held, write_id, grafts)
+        ungrafted = [(write.begin, min(first * size, write.end)), (max(last * size, write.begin), write.end)]
+        if last in grafts:
+            ungrafted.pop()
+        return tuple(dict.fromkeys((begin, end) for begin, end in ungrafted if begin < end))
+
     def end_loan(self, loan: Loan) -> None:
         """Give a loan back: nobody reads or writes its blocks any more. A repeat does nothing."""
         if loan.loan_id in self._loans:
@@ -225,6 +281,11 @@ class BlockManager:
         account = self._engines.get(loan.engine) if loan.engine is not None else None
         return account is not None and loan.loan_id in account.sequences
 
+    def _grant(self, engine: str, sequence_id: str, grant: Grant) -> Grant:
+        lease = self._engines[engine].sequences[sequence_id] = SequenceLease(grant)
+        lease.num_claims = 1
+        return grant
+
     # ---- accounting ----------------------------------------------------------------------------------------------
 
     @property
@@ -232,6 +293,17 @@ class BlockManager:
         """Blocks that nobody may have until a writer is known to be dead."""
         found = set(self.reservations.blocks(is_quarantined=True))
         return len(found.union(*(account.all_blocks() for account in self._lost.values())))
+
+    def quarantined_by(self) -> dict[str, int]:
+        """Return how many blocks each process keeps in quarantine, by its incarnation; shared ones count for each."""
+        found = self.reservations.quarantined_by()
+        for account in self._lost.values():
+            found[account.incarnation] = found.get(account.incarnation, 0) + len(account.all_blocks())
+        return found
+
+    def lost_nodes(self) -> dict[str, str]:
+        """Return the nodes of the engines whose blocks are in quarantine, by incarnation."""
+        return {account.incarnation: account.node for account in self._lost.values()}
 
     def counts(self) -> Counts:
         """Count where every block is. One that several hold counts as what is hardest to get back."""

@@ -72,3 +72,12 @@ class BadRange(Refusal):
     """A token range that the prompt does not have."""
 
     sentence = "[{begin}, {end}) is no range of a prompt of {num_tokens} tokens: {reason}"
+
+
+class CorruptPages(Refusal):
+    """Pages that are not what their sender says they are."""
+
+    sentence = (
+        "reservation {reservation_id}: {num_pages} of its pages did not arrive as they were sent, "
+        "the first in layer {layer}, block {block} of the prompt"
+    )

@@ -7,6 +7,7 @@ nothing here needs it.
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .layout import KvLayout
 from .slots import SlotCopy
@@ -21,6 +22,11 @@ class PageStore:
     The store owns its mapping and its fd until ``close``; the kernel keeps the memory while anybody maps it.
     """
 
+    device = "cpu"
+    """Where the bytes are; ``cuda:N`` for a DeviceStore (device_store.py)."""
+    gpu = ""
+    """The uuid of that GPU."""
+
     def __init__(
         self, layout: KvLayout, num_blocks: int, memory: bytearray | mmap.mmap, *, fd: int | None = None
     ) -> None:
@@ -31,6 +37,9 @@ class PageStore:
         self.view = memoryview(memory)
         self._memory = memory
         self._half_bytes = num_blocks * layout.block_size * layout.slot_bytes
+        import numpy  # Here, so that who has no pool does without, and nobody waits for it in the middle of a copy.
+
+        self._as_array, self._uint8 = numpy.frombuffer, numpy.uint8
 
     @classmethod
     def in_process(cls, layout: KvLayout, num_blocks: int) -> "PageStore":
@@ -61,6 +70,11 @@ class PageStore:
         return cls(layout, num_blocks, mmap.mmap(fd, num_bytes), fd=fd)
 
     @property
+    def memory(self) -> Any:
+        """What numpy or torch can look into: a buffer here, an object with a CUDA array interface on a GPU."""
+        return self.view
+
+    @property
     def num_slots(self) -> int:
         """Slots in each layer."""
         return self.num_blocks * self.layout.block_size
@@ -78,6 +92,13 @@ class PageStore:
         """Return the bytes of a block's keys (half 0) or values (half 1) of a layer."""
         begin = self.offset(layer, half, block * self.layout.block_size)
         return self.view[begin : begin + self.layout.block_size * self.layout.slot_bytes]
+
+    def rows(self) -> Any:
+        """Return the pool as a numpy array of bytes: a row for each layer's keys, and one for its values.
+
+        Let go of it before the pool may be closed.
+        """
+        return self._as_array(self.view, self._uint8).reshape(2 * self.layout.num_layers, self._half_bytes)
 
     def close(self) -> None:
         """Give up the mapping and the fd. A repeat does nothing. Slices and tensors of it that are left keep it."""
@@ -103,24 +124,31 @@ def copy_slots(
 ) -> Iterator[int]:
     """Copy slots of some layers between pools whose slots are alike; yields the bytes copied, after each piece.
 
-    Exhaust it, or what follows the last piece is not copied.
+    Exhaust it, or what follows the last piece is not copied. Between two pieces it holds nothing of either pool.
     """
-    # Hot: once per run, layer and half. Slices of memoryviews cost one memcpy each.
     assert source.layout.slot_bytes == target.layout.slot_bytes
     width = source.layout.slot_bytes
-    read, write = source.view, target.view
+    first, last = 2 * layers.start, 2 * layers.stop
+    read, write = source.rows(), target.rows()
     done = 0
-    for layer in layers:
-        for half in (0, 1):
-            read_base, write_base = source.offset(layer, half, 0), target.offset(layer, half, 0)
-            for copy in copies:
-                begin, to, left = read_base + copy.source * width, write_base + copy.target * width, copy.count * width
-                while left:
-                    size = min(left, piece_bytes - done)
-                    write[to : to + size] = read[begin : begin + size]
-                    begin, to, left, done = begin + size, to + size, left - size, done + size
-                    if done == piece_bytes:
-                        yield done
-                        done = 0
+    for copy in copies:
+        begin, to, size = copy.source * width, copy.target * width, copy.count * width
+        row, at = first, 0
+        while row < last:
+            # Hot: once per run for as many layers as fit into the piece (bench/transfer.py).
+            room = piece_bytes - done
+            num_rows, part = (min(last - row, room // size), size) if room >= size and not at else (1, size - at)
+            part = min(part, room)
+            write[row : row + num_rows, to + at : to + at + part] = read[
+                row : row + num_rows, begin + at : begin + at + part
+            ]
+            done, at = done + num_rows * part, at + part
+            if at == size:
+                row, at = row + num_rows, 0
+            if done == piece_bytes:
+                del read, write
+                yield done
+                read, write, done = source.rows(), target.rows(), 0
+    del read, write
     if done:
         yield done

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from .device_store import DeviceStore
 from .layout import KvLayout
 from .page_store import PageStore
 
@@ -24,6 +25,10 @@ class PoolHeader(msgspec.Struct, frozen=True, array_like=True):
     epoch: str
     layout: KvLayout
     num_blocks: int
+    gpu: str = ""
+    """The uuid of the GPU whose memory it is; empty for host memory."""
+    num_bytes: int = 0
+    """What is allocated on that GPU."""
 
 
 class WrongPool(Exception):
@@ -37,7 +42,10 @@ class PoolServer:
         assert store.fd is not None
         self.path = path
         self._fd = store.fd
-        self._header = msgspec.msgpack.encode(PoolHeader(epoch, store.layout, store.num_blocks))
+        header = PoolHeader(epoch, store.layout, store.num_blocks)
+        if isinstance(store, DeviceStore):
+            header = msgspec.structs.replace(header, gpu=store.gpu, num_bytes=store.num_bytes)
+        self._header = msgspec.msgpack.encode(header)
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
@@ -81,7 +89,10 @@ class PoolServer:
 
 
 async def fetch_pool(path: str, *, epoch: str | None = None) -> PageStore:
-    """Connect to a PoolServer and map its pool. Raises OSError if nobody answers, WrongPool for another epoch."""
+    """Connect to a PoolServer and map its pool.
+
+    Raises OSError if nobody answers or its GPU cannot be used here, WrongPool for another epoch.
+    """
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
         peer.setblocking(False)
@@ -100,6 +111,8 @@ async def fetch_pool(path: str, *, epoch: str | None = None) -> PageStore:
     if epoch is not None and header.epoch != epoch:
         os.close(fd)
         raise WrongPool(f"{path} hands out the pool of epoch {header.epoch}, not {epoch}")
+    if header.gpu:
+        return DeviceStore.import_fd(fd, header.layout, header.num_blocks, gpu=header.gpu, num_bytes=header.num_bytes)
     return PageStore.map(fd, header.layout, header.num_blocks)
 
 

@@ -7,6 +7,7 @@ nothing hangs below it: a prefix is worth more than its continuation.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from .block_pool import BlockPool
 from .tokens import TOKEN_BYTES
@@ -18,6 +19,16 @@ class Match:
 
     blocks: tuple[int, ...]
     num_tokens: int
+
+
+class CacheWatch(Protocol):
+    """Who hears which blocks are cached under which tokens: the tiers below the pool (tiers/)."""
+
+    def cached(self, parent: int | None, tokens: bytes, block: int) -> None:
+        """Hear of a block that holds the KV of ``tokens``, which follow those of ``parent``."""
+
+    def evicting(self, blocks: Sequence[int]) -> None:
+        """Hear of blocks that are about to become free: their KV is in place until this returns."""
 
 
 class _Node:
@@ -47,6 +58,7 @@ class PrefixCache:
         self.num_hit_tokens = 0
         self.num_idle = 0
         """Blocks that only the cache holds."""
+        self.watch: CacheWatch | None = None
         self._pool = pool
         self._block_bytes = block_size * TOKEN_BYTES
         self._block_size = block_size
@@ -101,6 +113,8 @@ class PrefixCache:
             node.children[key] = child
             self._nodes[block] = child
             self._pool.retain((block,))
+            if self.watch is not None:
+                self.watch.cached(node.block if node.parent is not None else None, key, block)
             node = child
         while node.parent is not None:
             node.last_used = self._tick
@@ -157,6 +171,8 @@ class PrefixCache:
             del self._nodes[node.block]
         self.num_idle -= count
         self.num_evicted += count
+        if self.watch is not None:
+            self.watch.evicting([node.block for node in victims])
         self._pool.release([node.block for node in victims])
         return True
 

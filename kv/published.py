@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from .device_store import DeviceStore, cuda_ordinal
 from .lanes import INPROC
 from .layout import KvLayout
 from .page_store import PageStore
@@ -21,10 +22,17 @@ class PublishedPool:
 
 @contextmanager
 def published_to_processes(
-    socket_dir: str, name: str, layout: KvLayout, num_blocks: int, *, epoch: str, fd: int | None
+    socket_dir: str, name: str, layout: KvLayout, num_blocks: int, *, epoch: str, fd: int | None, device: str = "cpu"
 ) -> Iterator[PublishedPool]:
-    """Hand out a memfd, inherited as ``fd`` or new, over a unix socket. Raises OSError as PoolServer does."""
-    store = PageStore.create(layout, num_blocks) if fd is None else PageStore.adopt(fd, layout, num_blocks)
+    """Hand out a memfd, inherited as ``fd`` or new, or new memory of a GPU, over a unix socket.
+
+    Raises OSError as PoolServer and DeviceStore do.
+    """
+    store: PageStore
+    if cuda_ordinal(device) is not None:
+        store = DeviceStore.allocate(layout, num_blocks, device)
+    else:
+        store = PageStore.create(layout, num_blocks) if fd is None else PageStore.adopt(fd, layout, num_blocks)
     server = PoolServer(f"{socket_dir}/{name}.pool", store, epoch)
     try:
         server.start()

@@ -53,7 +53,8 @@ class Reservation:
         self.writes: dict[str, Write] = {}
         self.written: list[tuple[int, int]] = []
         """What is in place: disjoint ranges, ascending, none adjacent."""
-        self._closed: dict[str, None] = {}
+        self._closed: dict[str, bool] = {}
+        """The writes that are over, and whether they were complete."""
         self._left_as = State.RELEASED
 
     @property
@@ -91,9 +92,11 @@ class Reservation:
 
         Raises StaleReservation if the write was complete but came too late to be of use; it is closed all the same.
         """
-        self._closed[write_id] = None
+        was_complete = self._closed.setdefault(write_id, is_complete)
         write = self.writes.pop(write_id, None)
         if write is None:
+            if is_complete and not was_complete:
+                raise StaleReservation(reservation_id=self.id, reason="this write has been ended for its writer")
             return
         if self.state is State.QUARANTINED:
             if not self.writes:

@@ -1,7 +1,7 @@
 """The reservations of a pool, with their blocks: made, written, sealed into the prefix cache, and ended."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from .allocator import Allocator
 from .layout import BadRange, OutOfBlocks, StaleReservation
@@ -13,7 +13,7 @@ Key = tuple[str | int, ...]
 """Who asked for a reservation, and for what: a repeat has the same one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Held:
     """A reservation with its blocks: those of ``[0, num_cached_tokens)`` are pinned in the cache, the rest are new.
 
@@ -26,6 +26,23 @@ class Held:
     prompt: bytes
     block_table: tuple[int, ...]
     num_cached_tokens: int
+    num_claims: int = 0
+    """How often it was asked for: who takes that back must not release it under the others."""
+    grafts: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Blocks held for an open write, by their index in the table: they replace the table's when it is complete."""
+
+    def exchange(self, grafts: Mapping[int, int]) -> list[int]:
+        """Put grafted blocks into the table; return those that were in their places."""
+        table = list(self.block_table)
+        for index, block in grafts.items():
+            table[index] = block
+        replaced = [self.block_table[index] for index in grafts]
+        self.block_table = tuple(table)
+        return replaced
+
+    def all_blocks(self) -> list[int]:
+        """Return every block held, once for each time it is held."""
+        return [*self.block_table, *(block for grafts in self.grafts.values() for block in grafts.values())]
 
 
 UNFILLED_SHARE = 0.5
@@ -73,6 +90,7 @@ class ReservationTable:
         if held.prompt != prompt or held.reservation.end != last:
             raise BadRange(begin=0, end=last, num_tokens=num_tokens(prompt), reason="it was another at first")
         held.reservation.expires_at = now + self.lease_s
+        held.num_claims += 1
         return held
 
     def reserve(self, key: Key, prompt: bytes, end: int | None, *, now: float) -> Held:
@@ -92,7 +110,7 @@ class ReservationTable:
         reservation = Reservation(
             self._new_id(), begin=min(match.num_tokens, last), end=last, expires_at=now + self.lease_s
         )
-        held = Held(key, reservation, prompt, table, match.num_tokens)
+        held = Held(key, reservation, prompt, table, match.num_tokens, num_claims=1)
         self._held[reservation.id] = held
         self._by_key[key] = reservation.id
         return held
@@ -114,11 +132,26 @@ class ReservationTable:
         if held is None:
             return
         was_sealed = held.reservation.state is State.SEALED
+        grafts = held.grafts.pop(write_id, {})
+        given_up = list(grafts.values())
         try:
             held.reservation.close_write(write_id, is_complete=is_complete)
+            if is_complete:
+                given_up = held.exchange(grafts)
         finally:
+            self._allocator.cache.unpin(given_up)
             held.reservation.expires_at = now + self.lease_s
             self._settle(held, was_sealed=was_sealed)
+
+    def graft(self, held: Held, write_id: str, blocks: Mapping[int, int]) -> None:
+        """Have an open write bring these blocks, by their index in the table, in place of writing into the table's.
+
+        Takes one hold of each over. What they replace is given back when the write is complete: should it fail,
+        another may be let in there, and must not write into blocks that are shared.
+        """
+        assert write_id in held.reservation.writes
+        assert write_id not in held.grafts
+        held.grafts[write_id] = dict(blocks)
 
     def release(self, reservation_id: str) -> None:
         """Give a reservation up; what was sealed stays cached. A repeat does nothing."""
@@ -126,6 +159,14 @@ class ReservationTable:
         if held is not None:
             held.reservation.release()
             self._settle(held)
+
+    def disclaim(self, reservation_id: str) -> None:
+        """Take one ``reserve`` or ``renew`` back, of which nobody has heard; the last one gives the blocks back."""
+        held = self._held.get(reservation_id)
+        if held is not None:
+            held.num_claims -= 1
+            if not held.num_claims:
+                self.release(reservation_id)
 
     def tie(self, writer: str) -> None:
         """Note that a writer's process is heard of: while it is, its writes renew their leases."""
@@ -146,6 +187,15 @@ class ReservationTable:
     def is_written_by(self, writer: str) -> bool:
         """Return whether a write of this process is open."""
         return any(write.writer == writer for held in self._held.values() for write in held.reservation.writes.values())
+
+    def quarantined_by(self) -> dict[str, int]:
+        """Return how many blocks each writer keeps in quarantine; those of several count for each."""
+        found: dict[str, int] = {}
+        for held in self._held.values():
+            if held.reservation.state is State.QUARANTINED:
+                for writer in {write.writer for write in held.reservation.writes.values() if write.writer is not None}:
+                    found[writer] = found.get(writer, 0) + len(held.block_table)
+        return found
 
     def writer_died(self, writer: str) -> None:
         """End all writes of a process that is proven dead."""
@@ -193,14 +243,30 @@ class ReservationTable:
             block
             for held in self._held.values()
             if (held.reservation.state is State.QUARANTINED) == is_quarantined
-            for block in held.block_table
+            for block in held.all_blocks()
         ]
 
     def check_integrity(self) -> list[str]:
         """Return what is wrong: nothing, unless there is a bug."""
         problems = [f"key {key} is of no reservation" for key, i in self._by_key.items() if i not in self._held]
-        problems += [f"{i} is over, but held" for i, held in self._held.items() if held.reservation.is_over]
+        for held in self._held.values():
+            if held.reservation.is_over:
+                problems.append(f"{held.reservation.id} is over, but held")
+            problems += [
+                f"block {block} of {held.reservation.id} may be written, and is somebody else's too"
+                for block in self._unfinished(held)
+                if self._allocator.pool.refs(block) != 1 or block in self._allocator.cache
+            ]
         return problems
+
+    def _unfinished(self, held: Held) -> Iterator[int]:
+        """Give the blocks into which a writer, or the engine that adopts, may yet write."""
+        size = self._allocator.block_size
+        in_place = [(0, held.num_cached_tokens), *held.reservation.written]
+        for index, block in enumerate(held.block_table):
+            first = index * size
+            if not any(begin <= first and first + size <= end for begin, end in in_place):
+                yield block
 
     def _require_share(self, total: int) -> None:
         """Raise OutOfBlocks if reservations with KV still to come would hold too much of the pool."""
@@ -212,6 +278,8 @@ class ReservationTable:
     def _settle(self, held: Held, *, was_sealed: bool = True) -> None:
         """Do what a reservation's new state asks for: cache what was sealed, give back what is over."""
         reservation = held.reservation
+        for write_id in [write_id for write_id in held.grafts if write_id not in reservation.writes]:
+            self._allocator.cache.unpin(list(held.grafts.pop(write_id).values()))
         if reservation.state is State.SEALED and not was_sealed:
             self._allocator.cache.insert(held.prompt[: reservation.end * TOKEN_BYTES], held.block_table)
         if reservation.is_over and held.reservation.id in self._held:

@@ -49,10 +49,14 @@ def cut_runs(runs: Sequence[SlotRun], begin: int, end: int) -> tuple[SlotRun, ..
     cut = []
     position = 0
     for run in runs:
-        first, last = max(begin, position), min(end, position + run.count)
-        if first < last:
-            cut.append(SlotRun(run.slot + first - position, last - first))
-        position += run.count
+        if position >= end:
+            break
+        after = position + run.count
+        if after > begin:  # Hot: a long prompt is cut into many pieces (bench/transfer.py).
+            first, last = max(begin, position), min(end, after)
+            if first < last:
+                cut.append(SlotRun(run.slot + first - position, last - first))
+        position = after
     return tuple(cut)
 
 

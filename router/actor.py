@@ -21,7 +21,7 @@ from callboard.bus.liveness import own_pid
 from callboard.kv.layout import BadRange
 from callboard.kv.tokens import TOKEN_BYTES
 
-from .attempt import GONE, MOST_ERROR, Attempt
+from .attempt import MOST_ERROR, RETRIED, Attempt
 from .deadline import Deadline
 from .errors import NoEngine, QueueFull, ScriptError
 from .fleet import Fleet
@@ -129,7 +129,7 @@ class RouterActor(Actor):
                     is_hopeful = await patience.waits_for_engine(request, is_retry=number > 0)
                 if not is_hopeful:
                     raise
-            except GONE as error:
+            except RETRIED as error:
                 number += 1
                 if has_sent or number >= NUM_ATTEMPTS:
                     raise

@@ -13,6 +13,7 @@ from typing import Any
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import Entry, KvAddr, Release, SubRequest
 from callboard.bus import ActorDied, BusError, LinkLost, Ref, UnknownActor, current_call
+from callboard.kv.layout import CorruptPages, StaleReservation
 
 from .loads import Loads
 from .request import Request
@@ -20,6 +21,8 @@ from .spans import Spans
 
 GONE = (ActorDied, LinkLost, UnknownActor)
 """The far side is dead or out of reach, or its process lives on without it: another engine may do better."""
+RETRIED = (*GONE, StaleReservation, CorruptPages)
+"""What ends an attempt, and may not happen to the next: also where a KV manager was restarted, or pages came broken."""
 MOST_ERROR = 1000
 """Characters kept of what an actor said: the records of many requests are kept, and sent as one message."""
 RELEASE_S = 2.0

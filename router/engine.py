@@ -40,6 +40,11 @@ class Engine:
         return self.entry.model
 
     @property
+    def host(self) -> str:
+        """The joined host it runs on; empty where the fleet was started."""
+        return self.entry.host
+
+    @property
     def load(self) -> Load:
         """How busy it is, this router's own requests counted to this instant."""
         return self._attempt.loads.load(self.entry)

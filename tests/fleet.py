@@ -128,11 +128,13 @@ async def running_fleet(
     lease_s: float = 10.0,
     is_shared: bool = False,
     has_own_directory: bool = False,
+    layouts: dict[str, KvLayout] | None = None,
     **engine_options: Any,
 ) -> AsyncIterator[Fleet]:
     """Start directory, router, and an engine per name (p...: prefill, d...: decode, others: both).
 
     Each engine has a KV manager of its own, ``kv-NAME``; with ``is_shared`` all of them share ``kv``, as on one device.
+    ``layouts`` are those of engines, by name, whose KV is laid out otherwise than by ``layout``.
     With ``has_own_directory`` the directory is alone on the node ``directory``, else beside the router on ``control``.
     """
     async with AsyncExitStack() as stack:
@@ -142,11 +144,14 @@ async def running_fleet(
         directory_node = await fleet.node("directory") if has_own_directory else control
         directory = await fleet.start(directory_node, "directory", Directory(), None)
         for name in engines:
+            own_layout = (layouts or {}).get(name, layout)
             kv_name = "kv" if is_shared else f"kv-{name}"
             if kv_name not in fleet.managers:
                 kv_node = await fleet.node(kv_name)
                 manager = KvManager(
-                    KvManager.Config(name=kv_name, layout=layout, num_blocks=num_blocks, device="cpu", lease_s=lease_s)
+                    KvManager.Config(
+                        name=kv_name, layout=own_layout, num_blocks=num_blocks, device="cpu", lease_s=lease_s
+                    )
                 )
                 own_directory = kv_node.ref(directory.address)
                 fleet.managers[kv_name] = await fleet.start(kv_node, kv_name, manager, own_directory)
@@ -159,7 +164,8 @@ async def running_fleet(
                 roles=roles_of(name),
                 manager=ref.address,
                 runner="transformers" if model else "simulated",
-                block_size=layout.block_size,
+                dtype=own_layout.dtype,
+                block_size=own_layout.block_size,
                 **engine_options,
             )
             await fleet.start(engine_node, name, Engine(config), engine_node.ref(directory.address))

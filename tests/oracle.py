@@ -17,15 +17,21 @@ MASS_TOLERANCE = 1e-4
 
 @torch.inference_mode()
 def assert_tokens_pass_oracle(
-    model: PreTrainedModel, prompt: list[int], tokens: list[int], sampling: SamplingParams | None = None
+    model: PreTrainedModel,
+    prompt: list[int],
+    tokens: list[int],
+    sampling: SamplingParams | None = None,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> None:
-    """Raise AssertionError unless each token's (noise-shifted) logit lies within TOLERANCE of the best one's."""
+    """Raise AssertionError unless each token's (noise-shifted) logit lies within ``tolerance`` of the best one's."""
     sampling = sampling or SamplingParams()
     assert tokens, "nothing was generated"
-    logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :].float()
+    ids = torch.tensor([prompt + tokens[:-1]])
+    logits = model(ids, use_cache=False, logits_to_keep=len(tokens)).logits[0].float()
     for position, token in enumerate(tokens):
         shortfall = _shortfall(logits[position], token, position, sampling)
-        assert shortfall <= TOLERANCE, f"token {token} at {position} lies {shortfall:.4f} below the best of its place"
+        assert shortfall <= tolerance, f"token {token} at {position} lies {shortfall:.4f} below the best of its place"
 
 
 def _shortfall(logits: torch.Tensor, token: int, position: int, sampling: SamplingParams) -> float:

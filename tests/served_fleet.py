@@ -1,12 +1,21 @@
 """A fleet that ``callboard up`` has started: two simulated engines, and a model whose tokens are bytes."""
 
+import copy
 import json
+import time
 import urllib.error
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
+import msgspec
 from byte_tokenizer import write_byte_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
+
+from callboard.tools.ps import look_at
+from callboard.tools.running import RunningFleet, read_state
 
 FLEET = """\
 name = "test"
@@ -16,7 +25,7 @@ http = "127.0.0.1:0"
 [models.tiny]
 path = "model"
 [defaults.kv]
-size = "1MiB"
+size = "16MiB"
 [[engine]]
 name = "prefill"
 roles = ["prefill"]
@@ -32,6 +41,8 @@ restart = {{ backoff = "50ms" }}
 {more}
 """
 BLOCK_SIZE = 16
+BETWEEN_REPORTS_S = 0.4
+T = TypeVar("T")
 Scraped = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -45,15 +56,31 @@ class ServedFleet:
         write_byte_tokenizer(folder)
         up = place.callboard("up", str(place.write(FLEET.format(listen=listen, more=more))), "--detach")
         assert up.returncode == 0, up.stderr
-        self.url: str = self.ps()["url"]
+        self.url: str = state_of(place).state.url or ""
 
-    def ps(self) -> dict[str, Any]:
-        """What ``ps --json`` says."""
-        [fleet] = json.loads(self.place.callboard("ps", "--json").stdout)
-        return dict(fleet)
+    def seen_from(self, folder: Path) -> Self:
+        """Return the same fleet, seen from another folder."""
+        made = copy.copy(self)
+        made.place = self.place.seen_from(folder)
+        return made
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        return {row["name"]: row for row in self.ps()["actors"]}
+        """What ``ps --json`` says of each actor."""
+        return rows_of(self.place)
+
+    def settled_rows(self) -> dict[str, dict[str, Any]]:
+        """Return ``rows`` once they tell of all that was asked before: nothing has changed between two reports."""
+        counted: list[Any] = [None, None]
+        while counted[-1] is None or counted[-1] != counted[-2]:
+            time.sleep(BETWEEN_REPORTS_S)
+            rows = self.rows()
+            names = ("name", "counters", "num_running", "cached_blocks")
+            counted.append([[row[name] for name in names] for row in rows.values()])
+        return rows
+
+    def pids(self) -> dict[str, int]:
+        """The processes of its nodes, as the launcher knows them."""
+        return {node.name: node.pid for node in state_of(self.place).state.nodes}
 
     def get(self, path: str, **headers: str) -> tuple[int, str]:
         """Return the status and the body of a page."""
@@ -79,6 +106,26 @@ class ServedFleet:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+
+def state_of(place: Any) -> RunningFleet:
+    """Return the fleet "test" of a place. Raises AssertionError if it does not run."""
+    folder = place.runtime / "callboard" / "test"
+    state = read_state(folder)
+    assert state is not None, "the fleet has ended"
+    return RunningFleet(folder, state)
+
+
+def in_a_thread(work: Callable[[], T]) -> T:
+    """Return what a command's code gives that runs a loop of its own, whether or not one runs here."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+def rows_of(place: Any) -> dict[str, dict[str, Any]]:
+    """Return what ``ps --json`` says of each actor of the fleet "test", without starting a process for it."""
+    found = in_a_thread(lambda: look_at(state_of(place)))
+    return {row["name"]: row for row in msgspec.to_builtins(found)["actors"]}
 
 
 def samples_of(text: str) -> Scraped:

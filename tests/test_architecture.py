@@ -14,7 +14,7 @@ FOLDERS = ("bus", "kernels", "kv", "actors", "router", "tools")
 MAY_IMPORT = {
     "bus": {"bus"},
     "kernels": {"kernels"},
-    "kv": {"kv", "bus"},
+    "kv": {"kv", "bus", "kernels"},
     "actors": {"actors", "kv", "bus", "kernels"},
     "router": {"router", "bus"},
     "tools": {"tools", "router", "actors", "kv", "bus", "kernels"},

@@ -29,7 +29,7 @@ from callboard.actors.protocol import (
 from callboard.bus import FOREVER, Clock, Node, Ref, VirtualClock
 from callboard.bus.testing import run_virtual
 from callboard.bus.transports.inproc import InprocHub
-from callboard.kv.lanes import open_pool
+from callboard.kv.lanes import WIRES, open_pool
 from callboard.kv.layout import KvLayout
 from callboard.kv.tokens import pack_tokens, unpack_tokens
 
@@ -43,11 +43,15 @@ def kv_bytes(layer: int, half: int, position: int, token: int) -> bytes:
 
 
 class Engine(Actor):
-    """An engine of real bytes and no model."""
+    """An engine of real bytes and no model; ``kv`` says what it computes."""
 
-    def __init__(self, manager: Ref, chunk: int = 3) -> None:
+    def __init__(
+        self, manager: Ref, chunk: int = 3, layout: KvLayout = LAYOUT, kv: Callable[..., bytes] = kv_bytes
+    ) -> None:
         self.manager = manager
         self.chunk = chunk
+        self.layout = layout
+        self.kv = kv
         self.slab: list[int] = []
         self.store: Any = None
         self.num_computed = 0
@@ -64,7 +68,7 @@ class Engine(Actor):
         await self.attached.wait()
 
     async def attach(self) -> None:
-        async with self.manager.stream(Attach("engine", LAYOUT, self.ref.address), timeout=FOREVER) as items:
+        async with self.manager.stream(Attach("engine", self.layout, self.ref.address), timeout=FOREVER) as items:
             async for item in items:
                 if isinstance(item, Attached):
                     self.store = await open_pool(item.pool_path, self.node.exchange)
@@ -75,9 +79,10 @@ class Engine(Actor):
 
     def compute(self, tokens: Sequence[int], table: Sequence[int], begin: int, end: int, layer: int) -> None:
         for position in range(begin, end):
-            slot = table[position // 4] * 4 + position % 4
+            size = self.layout.block_size
+            slot = table[position // size] * size + position % size
             for half in (0, 1):
-                self.store.slot(layer, half, slot)[:] = kv_bytes(layer, half, position, tokens[position])
+                self.store.slot(layer, half, slot)[:] = self.kv(layer, half, position, tokens[position])
 
     async def on_compute_kv(self, message: ComputeKv) -> AsyncIterator[LayersDone | KvComputed]:
         tokens, table = unpack_tokens(message.tokens), unpack_tokens(message.block_table)
@@ -116,9 +121,9 @@ class Fleet:
         self.actors[name] = KvManager(KvManager.Config(**settings))
         return await start_actor(await self.node(name), name, self.actors[name])
 
-    async def engine(self, node: str, manager: Ref) -> Engine:
+    async def engine(self, node: str, manager: Ref, **options: Any) -> Engine:
         own = await self.node(node)
-        self.actors[node] = engine = Engine(own.ref(manager.address))
+        self.actors[node] = engine = Engine(own.ref(manager.address), **options)
         await start_actor(own, "engine", engine)
         return engine
 
@@ -138,9 +143,14 @@ class Fleet:
 
 @asynccontextmanager
 async def running(
-    p_config: dict[str, Any] | None = None, d_config: dict[str, Any] | None = None, clock: Clock | None = None
+    p_config: dict[str, Any] | None = None,
+    d_config: dict[str, Any] | None = None,
+    clock: Clock | None = None,
+    wires: Callable[[str], Any] | None = None,
 ) -> AsyncIterator[Fleet]:
     fleet = Fleet(clock)
+    if wires is not None:
+        fleet.hub.exchange[WIRES] = wires
     await fleet.node("client")
     p, d = await fleet.manager("p", **(p_config or {})), await fleet.manager("d", **(d_config or {}))
     await fleet.engine("pe", p)

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from callboard.actors.protocol import Entry, ListEntries
-from callboard.bus import Address, Ask, BusError, Node
+from callboard.bus import Address, Ask, AskTimeout, BusError, Node
 from callboard.bus.transports.zmq import KEY_REFUSED
 
 from .errors import CliError
@@ -16,15 +16,18 @@ R = TypeVar("R")
 TIMEOUT_S = 3.0
 
 
-def visitor(fleet: RunningFleet) -> Node:
-    """Return a node for a visit to the fleet's bus: it dials, and cannot be dialled. Raises CliError for its keys."""
+def visitor(fleet: RunningFleet, **options: Any) -> Node:
+    """Return a node for a visit to the fleet's bus: it dials, and cannot be dialled. Raises CliError for its keys.
+
+    ``options`` are Node's.
+    """
     # What becomes of links is told by the command in its own words: nobody reads the bus's in the midst of a view.
     log = logging.getLogger("callboard")
     if not log.handlers:
         log.addHandler(logging.NullHandler())
     # Two of one name would break each other's links, and other machines and containers have processes of this number.
     name = f"callboard-{os.getpid()}-{os.urandom(4).hex()}"
-    return Node(name, fleet=fleet.state.name, keys=fleet.keys())
+    return Node(name, fleet=fleet.state.name, keys=fleet.keys(), **options)
 
 
 def why_not(fleet: RunningFleet, error: BusError) -> CliError:
@@ -35,6 +38,11 @@ def why_not(fleet: RunningFleet, error: BusError) -> CliError:
     if not fleet.is_remote:
         return CliError(f'the directory of fleet "{name}" does not answer ({text}): see callboard ps {name}')
     at = fleet.state.directory.endpoint
+    if isinstance(error, AskTimeout) or "heard of" in text:
+        return CliError(f"nothing answers at {at}: is that the address, and is its port open to this machine?")
+    if "protocol version" in text:
+        sentence = f"the fleet at {at} runs another version of Callboard, which speaks otherwise ({text})"
+        return CliError(f"{sentence}: install the same one on both machines")
     if "nobody listens" in text:
         return CliError(f"nobody listens at {at}: is the fleet up, and is that the address of its bus?")
     if "there it takes keys" in text:

@@ -36,6 +36,9 @@ def _where(arguments: argparse.Namespace) -> tuple[str, str]:
     if arguments.url is not None and arguments.model is not None:
         return arguments.url.rstrip("/"), arguments.model
     fleet = find_fleet(arguments.fleet)
+    if fleet.state.host:
+        sentence = f'fleet "{fleet.state.name}" answers where it was started, and this is its host {fleet.state.host}'
+        raise CliError(f"{sentence}: pass --url and --model")
     if fleet.state.url is None:
         raise CliError(f'fleet "{fleet.state.name}" serves no HTTP: it has no engines')
     if arguments.model is None and not fleet.state.models:

@@ -61,6 +61,25 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--name", metavar="NAME", help="the fleet's name instead of the file's")
     up.add_argument("--events-fd", type=int, help=argparse.SUPPRESS)
 
+    join = command(
+        "join",
+        "bring this machine's engines into a fleet that runs on another one",
+        "callboard join tcp://10.0.0.1:7000 fleet.toml --host b --keys keys\n"
+        "callboard join demo@tcp://10.0.0.1:7000 fleet.toml --host b --listen 10.0.0.2:7100 --detach",
+        "join:run",
+    )
+    join.add_argument(
+        "address", metavar="ADDRESS", help="of the fleet's bus; NAME@ADDRESS if the file is named otherwise"
+    )
+    words = "its engines with this host's name, or all if none names a host (fleet.toml)"
+    join.add_argument("file", metavar="FILE", nargs="?", default="fleet.toml", help=words)
+    join.add_argument("--host", metavar="NAME", help="what this machine is called in the fleet, by default as it is")
+    join.add_argument("--keys", metavar="DIR", help="a copy of the fleet's keys, if not where the file says")
+    words = "an address of this machine that the others reach, and the first of its ports to use"
+    join.add_argument("--listen", metavar="ADDRESS[:PORT]", help=words)
+    join.add_argument("--detach", action="store_true", help="return once the fleet sees the engines; they run on")
+    join.add_argument("--events-fd", type=int, help=argparse.SUPPRESS)
+
     examples = "callboard ps\ncallboard ps demo --wide\ncallboard ps demo@tcp://10.0.0.1:7000 --keys keys --json"
     ps = command("ps", "show who is in a running fleet, and how busy", examples, "ps:run")
     ps.add_argument("fleet", nargs="?", metavar="FLEET", help="its name or address; without one, every fleet that runs")

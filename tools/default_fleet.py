@@ -22,6 +22,8 @@ path = "embedded"                       # or a directory, a .gguf file, or a hub
 
 [defaults.kv]                           # one KV manager per device, made by itself
 size = "1GiB"                           # of its pool; or a share of the memory: "20%"
+# transport = "ucx"                     # by default the best there is between two managers: "shm" on one machine
+# wire = "bfloat16"                     # pages over UCX rounded to bfloat16, or to a quarter: "float8_e4m3"
 # lease = "10s"                         # how long a reservation waits for its pages
 
 [[engine]]
@@ -31,7 +33,9 @@ device = "cpu:0"                        # cpu:N is pinned to the N-th core; "cpu
 # runner = "simulated"                  # computes nothing, answers nonsense at once: to try scripts
 # model = "smollm2-135m"                # needed where there are several models
 # count = 2                             # makes prefill-0 and prefill-1
-# block_size = 16                       # tokens per KV block
+# host = "b"                            # is started there: callboard join tcp://10.0.0.1:7000 {file} --host b
+# block_size = 16                       # tokens per KV block; engines that hand over KV need not agree
+# dtype = "bfloat16"                    # by default that of its model
 # max_num_batched_tokens = 512          # the token budget of one step
 # max_num_seqs = 64
 # restart = {{ policy = "on-failure", backoff = "1s", max = 5 }}

@@ -12,7 +12,7 @@ from typing import Self
 
 from callboard.bus.transports.curve import is_loopback
 
-from .errors import FleetFileError, StartFailed
+from .errors import CliError, FleetFileError, StartFailed
 
 IPC = "ipc"
 CONTROL = "control"
@@ -68,9 +68,42 @@ class Endpoints:
             return f"ipc://{path}"
         host, port = split_bus(self._bus)
         if node not in self._held:
-            self._held[node] = _hold(host, port if node == CONTROL else 0)
-        shown = f"[{host}]" if ":" in host else host
-        return f"tcp://{shown}:{self._held[node].getsockname()[1]}"
+            at = port if node == CONTROL else 0
+            try:
+                self._held[node] = _hold(host, at)
+            except OSError as error:
+                reason = f"the bus cannot listen at {host}:{at} ({_reason(error)})"
+                raise StartFailed(f"{reason}: change [listen] bus") from None
+        return endpoint_at(host, self._held[node].getsockname()[1])
+
+
+class JoinedEndpoints(Endpoints):
+    """The endpoints of a joined host's nodes, at ``listen``, and of the control node, which is elsewhere.
+
+    With a ``port`` the nodes take that one and those after it, in the order in which they are asked for.
+    """
+
+    def __init__(self, control: str, listen: str, port: int) -> None:
+        super().__init__(endpoint_at(listen, port), Path())
+        self._control = control
+        self._listen = listen
+        self._port = port
+
+    def of(self, node: str) -> str:
+        """Return where a node is reached, the same every time. Raises CliError."""
+        if node == CONTROL:
+            return self._control
+        if node not in self._held:
+            port = self._port + len(self._held) if self._port else 0
+            if port > 65535:
+                raise CliError(f"there are not enough ports from {self._port} on: pass --listen with a smaller one")
+            try:
+                self._held[node] = _hold(self._listen, port)
+            except OSError as error:
+                reason = f"{node} cannot listen at {endpoint_at(self._listen, port)} ({_reason(error)})"
+                what = "an address" if port == 0 else "a port"
+                raise CliError(f"{reason}: pass --listen with {what} of this machine that is free") from None
+        return endpoint_at(self._listen, self._held[node].getsockname()[1])
 
 
 def _hold(host: str, port: int) -> socket.socket:
@@ -78,8 +111,39 @@ def _hold(host: str, port: int) -> socket.socket:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         held.bind((host, port))
-    except OSError as error:
+    except OSError:
         held.close()
-        reason = (error.strerror or "").lower()
-        raise StartFailed(f"the bus cannot listen at {host}:{port} ({reason}): change [listen] bus") from None
+        raise
     return held
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return address and port (0: any) of ``10.0.0.2``, ``10.0.0.2:7100`` or ``[fd00::2]:7100``. Raises ValueError."""
+    try:
+        endpoint = endpoint_at(str(ipaddress.ip_address(text.strip("[]"))), 0)
+    except ValueError:
+        endpoint = f"tcp://{text}"
+    return split_bus(endpoint)
+
+
+def resolve(endpoint: str) -> tuple[str, int]:
+    """Return IP address and port of ``tcp://HOST:PORT``, looking the name up. Raises OSError."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    *_, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    return str(address[0]), int(port)
+
+
+def address_towards(host: str, port: int) -> str:
+    """Return the address of this machine from which ``host`` is reached, by its routes. Raises OSError."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # Nothing is sent: the kernel chooses the route.
+        return str(probe.getsockname()[0])
+
+
+def endpoint_at(host: str, port: int) -> str:
+    """Return ``tcp://HOST:PORT`` of an IP address."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

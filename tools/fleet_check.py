@@ -9,13 +9,16 @@ from typing import Any
 
 from callboard.actors.embedded_model import ModelMissing, locate
 from callboard.bus.keys import read_secret
+from callboard.kv.lanes.ucx import is_installed
 from callboard.router.errors import ScriptError
 from callboard.router.script import SHIPPED, load_script, shipped_scripts
 
 from .api_keys import read_api_keys
 from .endpoints import IPC, needs_keys, split_bus
-from .fleet_file import Engine, FleetFile, Problem, Restart
+from .fleet_file import Engine, Fleet, FleetFile, Problem, Restart
+from .gpus import NO_GPUS, Gpus, find_gpus, why_not_on
 from .machine import split_address
+from .tiers import check_tiers
 from .toml_lines import Path as KeyPath
 from .units import parse_duration, parse_size
 
@@ -26,10 +29,14 @@ MOST_KEPT = 100_000
 RESERVED = ("control", "directory", "frontend", "launcher")
 
 
-def check_fleet(file: FleetFile) -> None:
-    """Raise FleetFileError with everything that is wrong with the meaning of ``file``; touches no network."""
+def check_fleet(file: FleetFile, *, host: str = "", find_gpus: Callable[[], Gpus] = find_gpus) -> None:
+    """Raise FleetFileError with everything that is wrong with the meaning of ``file``; touches no network.
+
+    ``host`` is the joined one that this is, if it is: what others lack is for them to say.
+    """
     problems = [*_listen(file), *_models(file), *_kv(file), *_names(file), *_engines(file), *_routers(file)]
-    file.report([*problems, *_actors(file), *_trace(file)])
+    problems += _gpus(file, host, find_gpus)
+    file.report([*problems, *_actors(file), *_hosts(file), *_trace(file)])
 
 
 def engine_names(engine: Engine) -> list[str]:
@@ -44,9 +51,16 @@ def model_of(file: FleetFile, engine: Engine) -> str | None:
     return engine.model
 
 
-def manager_name(device: str) -> str:
-    """Return the name of a device's KV manager: ``kv-cpu0`` for ``cpu:0``."""
-    return "kv-" + device.replace(":", "")
+def manager_name(device: str, host: str = "") -> str:
+    """Return the name of a device's KV manager: ``kv-cpu0`` for ``cpu:0``, on a joined host ``b`` ``kv-b-cpu0``."""
+    where = f"{host}-" if host else ""
+    return f"kv-{where}{device.replace(':', '')}"
+
+
+def hosts_of(fleet: Fleet) -> list[str]:
+    """Return the hosts that are to join, by name."""
+    named = [engine.host for engine in fleet.engine] + [actor.host for actor in fleet.actor]
+    return sorted({host for host in named if host})
 
 
 def _attempt(path: KeyPath, function: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Problem]:
@@ -113,9 +127,34 @@ def _kv(file: FleetFile) -> Iterator[Problem]:
     kv, path = file.fleet.defaults.kv, ("defaults", "kv")
     yield from _attempt((*path, "size"), parse_size, kv.size, whole=1 << 30)
     yield from _positive_duration((*path, "lease"), kv.lease)
-    if kv.transport in ("cuda_ipc", "ucx"):
-        sentence = f'transport = "{kv.transport}" is not supported by this version: write transport = "auto"'
-        yield Problem((*path, "transport"), sentence)
+    yield from check_tiers(file)
+    if why_not := _why_no_lane(file.fleet):
+        yield Problem((*path, "transport"), f'{why_not} write transport = "auto"')
+    if kv.wire != "auto" and kv.transport in ("inproc", "cuda_ipc", "shm"):
+        sentence = f'wire = "{kv.wire}" is of use over UCX alone, and transport = "{kv.transport}" maps pools'
+        yield Problem((*path, "wire"), f"{sentence}: remove one of them")
+    # Its KV are hashes, of which rounding leaves nothing.
+    simulated = [index for index, engine in enumerate(file.fleet.engine) if engine.runner == "simulated"]
+    if simulated and kv.wire != "auto":
+        yield Problem((*path, "wire"), f'wire = "{kv.wire}" rounds KV, which simulated engines do not survive: remove it')
+    for index in simulated:
+        if file.fleet.engine[index].dtype is not None:
+            yield Problem(("engine", index, "dtype"), "a simulated engine computes no numbers: remove dtype")
+
+
+def _why_no_lane(fleet: Fleet) -> str | None:
+    """Return why KV pages cannot go between the fleet's pools by the transport that is asked for; None if they can."""
+    transport = fleet.defaults.kv.transport
+    pools = {manager_name(engine.device, engine.host) for engine in fleet.engine}
+    if transport == "ucx" and not is_installed():
+        return 'transport = "ucx" needs UCX, which is not installed here: run pip install "callboard[ucx]", or'
+    if transport == "inproc" and len(pools) > 1:
+        return 'transport = "inproc" leads nowhere, because each KV manager is a process of its own:'
+    if transport == "shm" and len({engine.host for engine in fleet.engine}) > 1:
+        return 'transport = "shm" does not lead from one host to another:'
+    if transport == "cuda_ipc" and any(not engine.device.startswith("cuda") for engine in fleet.engine):
+        return 'transport = "cuda_ipc" leads from one pool on a GPU to another, and not every engine is on one:'
+    return None
 
 
 def _positive_duration(path: KeyPath, value: str | float) -> Iterator[Problem]:
@@ -135,8 +174,8 @@ def _names(file: FleetFile) -> Iterator[Problem]:
     named += [(router.name, ("router", index, "name")) for index, router in enumerate(fleet.router)]
     named += [(actor.name, ("actor", index, "name")) for index, actor in enumerate(fleet.actor)]
     taken = {name: f"Callboard names an actor of its own {name}" for name in RESERVED}
-    for device in {engine.device: None for engine in fleet.engine}:
-        taken[manager_name(device)] = f"the KV manager of {device} has that name"
+    for engine in fleet.engine:
+        taken[manager_name(engine.device, engine.host)] = f"the KV manager of {engine.device} has that name"
     for name, path in named[1:]:
         if NAME.fullmatch(name) is None:
             yield Problem(path, f'"{name}" is no name: {NAME_RULE}')
@@ -150,7 +189,7 @@ def _engines(file: FleetFile) -> Iterator[Problem]:
     fleet = file.fleet
     if not fleet.engine and not fleet.actor:
         yield Problem((), "the fleet has no [[engine]]: add one, or start from the file that callboard init writes")
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # By the KV manager.
     for index, engine in enumerate(fleet.engine):
         path = ("engine", index)
         yield from _engine_model(file, engine, path)
@@ -162,9 +201,10 @@ def _engines(file: FleetFile) -> Iterator[Problem]:
         for key in ("count", "block_size", "max_num_batched_tokens", "max_num_seqs"):
             yield from _at_least((*path, key), getattr(engine, key), 1)
         yield from _restart(engine.restart, (*path, "restart"))
-        if sizes.setdefault(engine.device, engine.block_size) != engine.block_size:
+        size = sizes.setdefault(manager_name(engine.device, engine.host), engine.block_size)
+        if size != engine.block_size:
             sentence = f"engines on {engine.device} share one pool, and another one has block_size = "
-            yield Problem((*path, "block_size"), f"{sentence}{sizes[engine.device]}: give both the same")
+            yield Problem((*path, "block_size"), f"{sentence}{size}: give both the same")
 
 
 def _engine_model(file: FleetFile, engine: Engine, path: KeyPath) -> Iterator[Problem]:
@@ -181,10 +221,25 @@ def _engine_model(file: FleetFile, engine: Engine, path: KeyPath) -> Iterator[Pr
 
 
 def _device(device: str, path: KeyPath) -> Iterator[Problem]:
-    if device.startswith("cuda"):
-        yield Problem(path, f'device = "{device}": this version runs on CPUs only, write "cpu" or "cpu:0"')
-    elif re.fullmatch(r"cpu(:\d+)?", device) is None:
-        yield Problem(path, f'"{device}" is no device: write "cpu:0" (the first core), "cpu:1", or "cpu" (all cores)')
+    if not device.startswith("cuda") and re.fullmatch(r"cpu(:\d+)?", device) is None:
+        hint = 'write "cpu:0" (the first core), "cpu" (all cores), or "cuda:0" (the first GPU)'
+        yield Problem(path, f'"{device}" is no device: {hint}')
+
+
+def _gpus(file: FleetFile, host: str, find_gpus: Callable[[], Gpus]) -> Iterator[Problem]:
+    """Yield what keeps this host's engines from running on the GPUs they name."""
+    engines = [
+        (("engine", index), engine)
+        for index, engine in enumerate(file.fleet.engine)
+        if engine.host == host and engine.device.startswith("cuda")
+    ]
+    found = find_gpus() if engines else NO_GPUS
+    for path, engine in engines:
+        if sentence := why_not_on(engine.device, found):
+            yield Problem((*path, "device"), sentence)
+        elif engine.runner == "simulated":
+            sentence = 'a simulated engine computes on the CPU: write device = "cpu"'
+            yield Problem((*path, "device"), sentence)
 
 
 def _restart(restart: Restart, path: KeyPath) -> Iterator[Problem]:
@@ -231,6 +286,18 @@ def _actors(file: FleetFile) -> Iterator[Problem]:
         here = stem.with_suffix(".py").is_file() or (stem / "__init__.py").is_file()
         if not here and importlib.util.find_spec(top) is None:
             yield Problem((*path, "class"), f"there is no module {module}: put {stem.with_suffix('.py')} in place")
+
+
+def _hosts(file: FleetFile) -> Iterator[Problem]:
+    fleet = file.fleet
+    named = [(("engine", index, "host"), engine.host) for index, engine in enumerate(fleet.engine)]
+    named += [(("actor", index, "host"), actor.host) for index, actor in enumerate(fleet.actor)]
+    for path, host in named:
+        if host and NAME.fullmatch(host) is None:
+            yield Problem(path, f'"{host}" is no name of a host: {NAME_RULE}')
+        elif host and fleet.listen.bus == IPC:
+            sentence = f'host "{host}" cannot reach a fleet whose bus is "ipc"'
+            yield Problem(path, f'{sentence}: write for example bus = "tcp://10.0.0.1:7000" under [listen]')
 
 
 def _trace(file: FleetFile) -> Iterator[Problem]:

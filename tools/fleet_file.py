@@ -44,12 +44,25 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: int | None = None
 
 
+class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where blocks go that a pool has no room for: memory (each KV manager's own), or a directory (all share it)."""
+
+    kind: Literal["host", "disk"]
+    size: Size
+    path: str | None = None
+
+
 class Kv(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every KV manager (one per device) gets."""
 
     size: Size = "1GiB"
     transport: Literal["auto", "shm", "cuda_ipc", "ucx", "inproc"] = "auto"
+    wire: Literal["auto", "bfloat16", "float8_e4m3"] = "auto"
+    """What pages are converted to for a lane that packs them (ucx); "auto": what they are in the pool they go to."""
     lease: Duration = "10s"
+    verify: bool = False
+    """Whether pages that arrive from another pool are held against their sender's digests."""
+    tiers: tuple[Tier, ...] = ()
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,9 +86,13 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None = None
     roles: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
     device: str = "cpu"
+    host: str = ""
+    """The joined host that starts it (``callboard join``); empty: ``callboard up`` does."""
     count: int = 1
     tp: int = 1
     runner: Literal["transformers", "simulated"] = "transformers"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What it computes in and keeps its KV in; by default what its model's table says."""
     block_size: int = 16
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 64
@@ -98,6 +115,7 @@ class UserActor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=
     name: str
     class_path: str
     options: dict[str, Any] = {}
+    host: str = ""
     restart: Restart = Restart()
 
 
@@ -217,6 +235,8 @@ _EXAMPLES = {
     "name": 'add name = "..."',
     "script": 'add script = "disaggregate" (or a .py file)',
     "class": 'add class = "module:Class"',
+    "kind": 'add kind = "disk" (or "host")',
+    "size": 'add size = "8GiB"',
 }
 
 
@@ -247,18 +267,14 @@ def _check_tables(value: Any, hint: Any, path: KeyPath, problems: list[Problem])
             _check_table(item, get_args(hint)[1], (*path, key), problems)
         return
     if not isinstance(value, list):
-        problems.append(Problem(path, f"write [[{name}]] with double brackets: there may be several"))
+        names = ".".join(part for part in path if isinstance(part, str))
+        problems.append(Problem(path, f"write [[{names}]] with double brackets: there may be several"))
         return
     for index, item in enumerate(value):
         _check_table(item, get_args(hint)[0], (*path, index), problems)
 
 
-_NOT_YET = {"verify", "tiers"}
-
-
 def _unknown(key: str, fields: dict[str, Any], path: KeyPath) -> str:
-    if key in _NOT_YET:
-        return f'"{key}" in {title(path)} is not supported by this version: remove it'
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
     hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(fields)}"
     return f'unknown key "{key}" in {title(path)}: {hint}'

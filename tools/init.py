@@ -39,7 +39,8 @@ def run_check(arguments: argparse.Namespace) -> int:
         print(f"  model    {name} ({model.path})")
     for engine in fleet.engine:
         for name in engine_names(engine):
-            print(f"  engine   {name} on {engine.device}, {' and '.join(engine.roles)}")
+            where = f" of host {engine.host}" if engine.host else ""
+            print(f"  engine   {name} on {engine.device}{where}, {' and '.join(engine.roles)}")
     for router in fleet.router:
         print(f"  router   {router.name} runs {router.script}")
     for actor in fleet.actor:

@@ -20,10 +20,11 @@ from callboard.bus import Address
 from callboard.bus.keys import KeysError, read_secret
 from callboard.bus.liveness import own_pid
 
-from .endpoints import CONTROL, Endpoints
+from .endpoints import CONTROL, IPC, Endpoints
 from .errors import CliError, StartFailed
-from .fleet_check import keys_of
+from .fleet_check import hosts_of, keys_of
 from .fleet_file import FleetFile
+from .gpus import gpus_for
 from .kept_logs import kept_at
 from .log_lines import last_lines
 from .machine import allowed_cores, available_memory, claim_port, split_address, total_memory
@@ -44,8 +45,13 @@ TAIL_LINES = 15
 class Launcher:
     """One run of one fleet. ``run`` returns the exit code, or raises CliError when the fleet does not come up."""
 
+    host = ""
+    """The joined host that this is; empty: the fleet's own, with the control node."""
+
     def __init__(self, file: FleetFile, *, show: Show, environment: Mapping[str, str], is_detached: bool) -> None:
         self._file = file
+        self._title = file.fleet.name
+        """The name of the run directory, and what the user calls this by."""
         self._show = show
         self._environment = environment
         self._is_detached = is_detached
@@ -75,8 +81,7 @@ class Launcher:
             self._supervisor.kill()
 
     async def _live(self) -> int:
-        name = self._file.fleet.name
-        self._folder, lock = await claim_run_dir(name)
+        self._folder, lock = await claim_run_dir(self._title)
         fd = self._log_to_file()
         try:
             return await self._serve(lock)
@@ -88,7 +93,7 @@ class Launcher:
             raise
         finally:
             if self._has_failed():
-                keep_logs(self._folder / "logs", kept_at(name))
+                keep_logs(self._folder / "logs", kept_at(self._title))
             logging.getLogger().handlers.clear()
             os.close(fd)
             remove_run_dir(self._folder)
@@ -116,7 +121,7 @@ class Launcher:
         if not self._has_failed():
             return ""
         end = "\n" if "\n" in sentence else "; "
-        return f"{end}its logs are kept: callboard logs --failed --fleet {self._file.fleet.name}"
+        return f"{end}its logs are kept: callboard logs --failed --fleet {self._title}"
 
     async def _serve(self, lock: int) -> int:
         with Endpoints(self._file.fleet.listen.bus, self._folder) as endpoints:
@@ -128,12 +133,13 @@ class Launcher:
         pid, start = own_pid()
         shown = None if keys_folder is None else str(keys_folder)
         source = self._file.source
-        self._write(FleetState(name, "starting", pid, start, directory, fleet_file=source, keys=shown))
+        self._write(FleetState(name, "starting", pid, start, directory, fleet_file=source, keys=shown, host=self.host))
         try:
             keys = None if keys_folder is None else read_secret(keys_folder)
         except KeysError as error:
             raise StartFailed(str(error)) from None
         plan = await self._plan(endpoints, keys)
+        await self._enter(plan)
         self._write(url=plan.url, models=plan.models)
         supervisor = self._supervisor = Supervisor(
             environment=self._environment, on_change=self._on_change, inherited=(lock,)
@@ -141,13 +147,10 @@ class Launcher:
         try:
             for stage in plan.stages:
                 await supervisor.start(stage)
-            if plan.url is not None:
-                await self._wait_until_healthy(plan.url, supervisor)
+            await self._arrive(plan, supervisor)
             self._write(state="ready")
-            api_keys = self._file.fleet.listen.api_keys
-            log.info("the fleet is up")
-            started = Started(name, pid, plan.url, plan.models, self._is_detached, api_keys)
-            self._show(Event("ready", started=started))
+            log.info("the fleet is up" if not self.host else "the host has joined the fleet")
+            self._show(Event("ready", started=self._started(plan)))
             await supervisor.fatal.wait()
             raise self._why_it_ended(plan, supervisor)
         except NodeFailed as error:
@@ -158,10 +161,35 @@ class Launcher:
             self._show(Event("step", "stopping"))
             await supervisor.stop()
 
+    async def _enter(self, plan: Plan) -> None:
+        """Look whether the plan can be; nothing of it runs yet. Raises CliError."""
+        check_memory(plan, available_memory())
+
+    async def _arrive(self, plan: Plan, supervisor: Supervisor) -> None:
+        """Wait until what was started can be used. Raises StartFailed."""
+        if plan.url is not None and not hosts_of(self._file.fleet):
+            await self._wait_until_healthy(plan.url, supervisor)
+
+    def _started(self, plan: Plan) -> Started:
+        """Return what the user is told once all is ready."""
+        assert self._state is not None
+        fleet, state = self._file.fleet, self._state
+        return Started(
+            fleet.name,
+            state.launcher_pid,
+            plan.url,
+            plan.models,
+            self._is_detached,
+            fleet.listen.api_keys,
+            bus=plan.directory.endpoint if fleet.listen.bus != IPC else None,
+            file=self._file.source,
+            hosts=tuple(hosts_of(fleet)),
+        )
+
     async def _plan(self, endpoints: Endpoints, keys: bytes | None) -> Plan:
         fleet = self._file.fleet
         host, port = split_address(fleet.listen.http)
-        if fleet.engine:
+        if fleet.engine and not self.host:
             port = claim_port(host, port)
         models = await resolve_models(
             self._file,
@@ -170,20 +198,20 @@ class Launcher:
             environment=self._environment,
             show=self._show,
         )
-        machine = Machine(allowed_cores(), total_memory())
+        machine = Machine(allowed_cores(), total_memory(), gpus_for(fleet))
         plan = Planner(
             self._file,
             run_dir=self._folder,
             models=models,
             machine=machine,
             port=port,
+            host=self.host,
             endpoints=endpoints,
             keys=keys,
         ).plan()
         for warning in plan.warnings:
             log.warning("%s", warning)
             self._show(Event("warning", warning))
-        check_memory(plan, available_memory())
         return plan
 
     async def _wait_until_healthy(self, url: str, supervisor: Supervisor) -> None:

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     known = names_in(folder)
     for wanted in arguments.name:
         if wanted not in known:
-            raise CliError(f'fleet "{name}" has no log "{wanted}"; there are {", ".join(known)}')
+            raise CliError(f'fleet "{name}" has no log "{wanted}" on this machine; there are {", ".join(known)}')
     if arguments.list:
         print("\n".join(known))
         return 0

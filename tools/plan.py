@@ -7,18 +7,22 @@ from typing import Any
 
 import msgspec
 
-from callboard.actors.model_config import ModelConfigError, ModelFacts, layout_of, read_model_config
+from callboard.actors.model_config import ModelConfigError, ModelFacts, fingerprint_of, layout_of, read_model_config
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy, TraceSpec
 from callboard.bus import Address
 from callboard.bus.private import why_open
+from callboard.kv.cuda_driver import Gpu
+from callboard.kv.device_store import cuda_ordinal
 from callboard.kv.layout import DTYPE_BYTES
 
 from .api_keys import read_api_keys
 from .endpoints import CONTROL, IPC, Endpoints
 from .fleet_check import engine_names, manager_name, model_of, script_path
 from .fleet_file import Engine, FleetFile, Problem, Restart, Router
+from .gpus import HOST_PROCESS_BYTES, NO_GPUS, Gpus, gpu_of, why_not_on, why_too_full
 from .kept_logs import kept_at
 from .machine import split_address
+from .tiers import tier_specs
 from .units import format_size, parse_duration, parse_size
 
 PROCESS_BYTES = 400 << 20
@@ -31,6 +35,7 @@ class Machine:
 
     cores: tuple[int, ...]
     total_memory: int
+    gpus: Gpus = NO_GPUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class Plan:
     url: str | None
     models: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    facts: dict[str, ModelFacts] = field(default_factory=dict)
+    """What the models are, by name."""
 
     @property
     def nodes(self) -> tuple[NodeSpec, ...]:
@@ -69,6 +76,7 @@ class _Device:
     engines: list[tuple[int, Engine]] = field(default_factory=list)
     num_blocks: int = 0
     pool_bytes: int = 0
+    host_tier_bytes: int = 0
 
 
 class Planner:
@@ -82,6 +90,7 @@ class Planner:
         models: dict[str, Path],
         machine: Machine,
         port: int,
+        host: str = "",
         endpoints: Endpoints | None = None,
         keys: bytes | None = None,
     ) -> None:
@@ -93,6 +102,9 @@ class Planner:
         self.models = models
         self.machine = machine
         self.port = port
+        self.host = host
+        """The joined host that the plan is for; empty: the one that has the control node."""
+        self.engines = [(index, engine) for index, engine in enumerate(file.fleet.engine) if engine.host == host]
         self.warnings: list[str] = []
         self.directory = self.address(CONTROL, "directory")
         self.facts: dict[str, ModelFacts] = {}
@@ -105,12 +117,13 @@ class Planner:
         if self.fleet.listen.bus != IPC and self.keys is None:
             sentence = "any user of this machine can join the fleet, because its bus has no keys"
             self.warnings.append(f'{sentence}: run "callboard keys new keys", and write keys = "keys" under [listen]')
-        for index, engine in enumerate(self.fleet.engine):
+        for index, engine in self.engines:
             self.devices.setdefault(engine.device, _Device()).engines.append((index, engine))
         managers = [self._manager(device, found) for device, found in self.devices.items()]
-        engines = [node for engine in self.fleet.engine for node in self._engine(engine)]
-        actors = [self._user_actor(actor) for actor in self.fleet.actor]
-        stages = [[self._control()], managers, engines, actors]
+        engines = [node for _, engine in self.engines for node in self._engine(engine)]
+        actors = [self._user_actor(actor) for actor in self.fleet.actor if actor.host == self.host]
+        control = [] if self.host else [self._control()]
+        stages = [control, managers, engines, actors]
         host, _ = split_address(self.fleet.listen.http)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         host = f"[{host}]" if ":" in host else host
@@ -118,13 +131,14 @@ class Planner:
             tuple(tuple(stage) for stage in stages if stage),
             self.directory,
             Memory(
-                sum(device.pool_bytes for device in self.devices.values()),
-                sum(self._weight_bytes(engine) * engine.count for engine in self.fleet.engine),
-                PROCESS_BYTES * sum(engine.count for engine in self.fleet.engine),
+                sum(device.pool_bytes + device.host_tier_bytes for device in self.devices.values()),
+                sum(self._weight_bytes(engine) * engine.count for _, engine in self.engines if not _is_on_gpu(engine)),
+                sum(_process_bytes(engine) * engine.count for _, engine in self.engines),
             ),
-            f"http://{host}:{self.port}" if self.fleet.engine else None,
+            f"http://{host}:{self.port}" if self.fleet.engine and control else None,
             tuple(dict.fromkeys(self._model(engine) for engine in self.fleet.engine)),
             tuple(self.warnings),
+            dict(self.facts),
         )
 
     # ---- addresses and shared parts ------------------------------------------------------------------------------
@@ -144,6 +158,7 @@ class Planner:
             actors,
             log,
             directory=self.directory,
+            host=self.host,
             keys=self.keys,
             dies_with_launcher=dies,
             silent_s=parse_duration(self.fleet.listen.silent),
@@ -175,9 +190,11 @@ class Planner:
                 self._fail(("models", name, "max_model_len"), sentence)
             self.max_lens[name] = wanted or most
 
-    def _dtype(self, model: str) -> str:
-        dtype = self.fleet.models[model].dtype
-        return "float32" if dtype == "auto" else dtype  # On CPUs without AMX fp32 is the faster one.
+    def _dtype(self, engine: Engine) -> str:
+        dtype = engine.dtype or self.fleet.models[self._model(engine)].dtype
+        if dtype != "auto":
+            return dtype
+        return "bfloat16" if _is_on_gpu(engine) else "float32"  # On CPUs without AMX fp32 is the faster one.
 
     def _weight_bytes(self, engine: Engine) -> int:
         if engine.runner == "simulated":
@@ -185,7 +202,16 @@ class Planner:
         model = self._model(engine)
         config = json.loads((self.models[model] / "config.json").read_text())
         stored = DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
-        return self.facts[model].weight_bytes * DTYPE_BYTES[self._dtype(model)] // stored
+        return self.facts[model].weight_bytes * DTYPE_BYTES[self._dtype(engine)] // stored
+
+    def _fingerprint(self, engine: Engine) -> str:
+        """Return what two engines have in common whose KV is the same."""
+        model = self._model(engine)
+        try:
+            return fingerprint_of(self.models[model], dtype=self._dtype(engine), runner=engine.runner)
+        except ModelConfigError as error:
+            self._fail(("models", model, "path"), str(error))
+            raise
 
     # ---- nodes ---------------------------------------------------------------------------------------------------
 
@@ -194,39 +220,70 @@ class Planner:
         layouts = {}
         for each, engine in found.engines:
             model = self._model(engine)
-            layouts[each] = layout_of(self.facts[model], engine.block_size, self._dtype(model))
+            layouts[each] = layout_of(self.facts[model], engine.block_size, self._dtype(engine))
             if layouts[each] != layouts[index]:
                 sentence = f'"{engine.name}" and "{first.name}" share the pool of {device}, but the KV of their models '
                 sentence += 'is laid out differently: give one another device, such as "cpu:1"'
                 self._fail(("engine", each, "device"), sentence)
+            if self._fingerprint(engine) != self._fingerprint(first):
+                sentence = f'"{engine.name}" and "{first.name}" share the pool of {device}, but not one model, '
+                sentence += 'whose KV it would hold: give one another device, such as "cpu:1"'
+                self._fail(("engine", each, "device"), sentence)
         layout = layouts[index]
-        size = parse_size(self.fleet.defaults.kv.size, whole=self.machine.total_memory)
+        gpu = self._gpu(device, index)
+        whole = self.machine.total_memory if gpu is None else gpu.num_bytes
+        size = parse_size(self.fleet.defaults.kv.size, whole=whole)
         found.num_blocks = layout.num_blocks_in(size)
         if found.num_blocks < 2:
             sentence = f"a pool of {format_size(size)} does not hold two blocks of {format_size(layout.block_bytes)}: "
             self._fail(("defaults", "kv", "size"), sentence + "raise size")
-        found.pool_bytes = found.num_blocks * layout.block_bytes
+        pool_bytes = found.num_blocks * layout.block_bytes
+        if gpu is None:
+            found.pool_bytes = pool_bytes
+        else:
+            weights = sum(self._weight_bytes(engine) * engine.count for _, engine in found.engines)
+            num_engines = sum(engine.count for _, engine in found.engines)
+            problem = why_too_full(gpu, device, pool=pool_bytes, weights=weights, num_engines=num_engines)
+            if problem is not None:
+                self._fail(("defaults", "kv", "size"), problem)
         for _, engine in found.engines:
             model, room = self._model(engine), found.num_blocks * layout.block_size
             if room < self.max_lens[model]:
                 self.warnings.append(f"the pool of {device} holds {room} tokens, so that is the longest request")
                 self.max_lens[model] = room
-        name = manager_name(device)
+        tiers = tier_specs(self.file, layout, total_memory=self.machine.total_memory)
+        found.host_tier_bytes = sum(tier.num_bytes for tier in tiers if tier.kind == "host")
+        name = manager_name(device, self.host)
         config = {
             "name": name,
             "layout": msgspec.to_builtins(layout),
             "num_blocks": found.num_blocks,
             "device": device,
             "lease_s": parse_duration(self.fleet.defaults.kv.lease),
+            "transport": self.fleet.defaults.kv.transport,
+            "wire_dtype": {"auto": ""}.get(self.fleet.defaults.kv.wire, self.fleet.defaults.kv.wire),
+            "verify": self.fleet.defaults.kv.verify,
             "socket_dir": str(self.run_dir),
+            "tiers": msgspec.to_builtins(tiers),
+            "fingerprint": self._fingerprint(first),
         }
         actor = ActorSpec(name, "callboard.actors.kv_manager:KvManager", config)
-        return self._node(name, "kv_manager", actor, pool_bytes=found.pool_bytes)
+        # The manager makes the memory of a GPU itself.
+        return self._node(name, "kv_manager", actor, pool_bytes=pool_bytes if gpu is None else None)
+
+    def _gpu(self, device: str, index: int) -> Gpu | None:
+        if cuda_ordinal(device) is None:
+            return None
+        if sentence := why_not_on(device, self.machine.gpus):
+            self._fail(("engine", index, "device"), sentence)
+        return gpu_of(device, self.machine.gpus)
 
     def _cores(self, device: str) -> tuple[int, ...]:
         cores = self.machine.cores
         if device == "cpu":
             return cores
+        if cuda_ordinal(device) is not None:
+            return ()
         number = int(device.partition(":")[2])
         if number >= len(cores):
             self.warnings.append(
@@ -235,7 +292,7 @@ class Planner:
         return (cores[number % len(cores)],)
 
     def _engine(self, engine: Engine) -> list[NodeSpec]:
-        model, manager = self._model(engine), manager_name(engine.device)
+        model, manager = self._model(engine), manager_name(engine.device, self.host)
         cores = self._cores(engine.device)
         nodes = []
         for name in engine_names(engine):
@@ -247,17 +304,19 @@ class Planner:
                 "device": engine.device,
                 "manager": msgspec.to_builtins(self.address(manager, manager)),
                 "runner": engine.runner,
-                "dtype": self._dtype(model),
+                "dtype": self._dtype(engine),
                 "block_size": engine.block_size,
                 "max_num_batched_tokens": engine.max_num_batched_tokens,
                 "max_num_seqs": engine.max_num_seqs,
                 "max_model_len": self.max_lens[model],
-                "num_threads": len(cores),
+                "num_threads": max(1, len(cores)),
                 "stall_s": parse_duration(self.fleet.listen.stall),
+                "fingerprint": self._fingerprint(engine),
             }
             actor = ActorSpec(name, "callboard.actors.engine.engine:Engine", config)
             restart = _policy(engine.restart)
-            nodes.append(self._node(name, "engine", actor, cores=cores, num_threads=len(cores), restart=restart))
+            num_threads = max(1, len(cores))
+            nodes.append(self._node(name, "engine", actor, cores=cores, num_threads=num_threads, restart=restart))
         return nodes
 
     def _user_actor(self, actor: Any) -> NodeSpec:
@@ -317,6 +376,14 @@ class Planner:
             if reason := why_open(path, path.stat()):
                 self.warnings.append(f"the API keys are no secret, because {reason}")
         return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
+
+
+def _is_on_gpu(engine: Engine) -> bool:
+    return cuda_ordinal(engine.device) is not None
+
+
+def _process_bytes(engine: Engine) -> int:
+    return HOST_PROCESS_BYTES if _is_on_gpu(engine) else PROCESS_BYTES
 
 
 def _policy(restart: Restart) -> RestartPolicy:

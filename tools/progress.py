@@ -21,12 +21,21 @@ class Started(msgspec.Struct, frozen=True):
     is_detached: bool = False
     api_keys: str | None = None
     """The file of keys, where a client needs one."""
+    bus: str | None = None
+    """Where other machines reach the fleet."""
+    file: str = ""
+    hosts: tuple[str, ...] = ()
+    """Those that the fleet file wants to join."""
+    host: str = ""
+    """The host that has joined, where this is one."""
+    nodes: tuple[str, ...] = ()
+    """What it has brought."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing to show."""
 
-    kind: Literal["step", "warning", "node", "ready", "failed"]
+    kind: Literal["step", "warning", "news", "node", "ready", "failed"]
     text: str = ""
     node: NodeState | None = None
     started: Started | None = None
@@ -52,7 +61,7 @@ class PlainShow:
     """Events as lines, for logs and pipes."""
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "step":
+        if event.kind in ("step", "news"):
             print(event.text, file=sys.stderr, flush=True)
         elif event.kind == "warning":
             print(f"warning: {event.text}", file=sys.stderr, flush=True)
@@ -85,8 +94,9 @@ class RichShow:
         if event.kind == "step":
             self._status.update(escape(event.text))
             self._status.start()
-        elif event.kind == "warning":
-            self._console.print(f"[yellow]![/] {escape(event.text)}", markup=True)
+        elif event.kind in ("warning", "news"):
+            mark = "[yellow]![/]" if event.kind == "warning" else "[green]✓[/]"
+            self._console.print(f"{mark} {escape(event.text)}", markup=True)
         elif event.node is not None:
             self._node(event.node)
         elif event.kind in ("ready", "failed"):
@@ -114,6 +124,8 @@ def terminal_show() -> AbstractContextManager[Show]:
 
 def describe_started(started: Started) -> str:
     """Return what a user wants to know of a fleet that serves: address, model, a line that works, what next."""
+    if started.host:
+        return _describe_joined(started)
     fleet = "" if started.name == "default" else f" {started.name}"
     lines = [f"Fleet {started.name} is up."]
     if started.url is not None:
@@ -127,6 +139,9 @@ def describe_started(started: Started) -> str:
             key = ' -H "Authorization: Bearer $OPENAI_API_KEY"'
         lines += ["", f"curl -s {started.url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\"]
         lines.append(f"  -d '{body}'")
+    if started.hosts:
+        lines += ["", "It serves once the others are there, with this file and its keys:"]
+        lines += [f"  callboard join {started.bus} {started.file} --host {host}" for host in started.hosts]
     lines += ["", "Try next:"]
     hints = [(f"callboard ps{fleet}", "who is there, and how busy")]
     if started.url is not None:
@@ -137,4 +152,19 @@ def describe_started(started: Started) -> str:
     hints.append((f"callboard down{fleet}", "stop it" if started.is_detached else "stop it (or Ctrl-C here)"))
     width = max(len(command) for command, _ in hints)
     lines += [f"  {command:{width}}  {what}" for command, what in hints]
+    return "\n".join(lines)
+
+
+def _describe_joined(started: Started) -> str:
+    fleet = f"{started.name}@{started.host}"
+    lines = [f"Host {started.host} is in fleet {started.name} at {started.bus}: {', '.join(started.nodes)}."]
+    stop = "leave the fleet" if started.is_detached else "leave the fleet (or Ctrl-C here)"
+    hints = [
+        ("ps", "who is in the fleet, on all hosts"),
+        ("logs --fleet", "what this host's processes say"),
+        ("down", stop),
+    ]
+    width = max(len(command) for command, _ in hints)
+    lines += ["", "Try next:"]
+    lines += [f"  callboard {command} {fleet}{' ' * (width - len(command))}  {what}" for command, what in hints]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from callboard.bus import BusError
 
 from .bus_client import list_entries, why_not
 from .errors import CliError
-from .running import RunningFleet, open_fleet, running_fleets
+from .running import RunningFleet, once_each, open_fleet, running_fleets
 from .units import format_span
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Row(msgspec.Struct, frozen=True):
     decode_tps: float | None = None
     counters: dict[str, Any] | None = None
     """What it has done since it started, by name; an engine's or a KV manager's."""
+    host: str = ""
+    """The joined host that it runs on; empty where the fleet was started."""
 
     @property
     def role(self) -> str:
@@ -86,12 +88,15 @@ class FleetRows(msgspec.Struct, frozen=True):
     problem: str | None = None
     lacks_key: bool = False
     """The directory was not asked, or did not answer, for want of the fleet's keys."""
+    host: str = ""
+    """The joined host whose launcher was asked; empty: the fleet's own, or none."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one fleet, or all that run."""
     keys = arguments.keys
-    fleets = running_fleets(keys=keys) if arguments.fleet is None else [open_fleet(arguments.fleet, keys=keys)]
+    is_one = arguments.fleet is not None
+    fleets = [open_fleet(arguments.fleet, keys=keys)] if is_one else once_each(running_fleets(keys=keys))
     found = [look_at(fleet) for fleet in fleets]
     exit_code = 1 if any(fleet.lacks_key for fleet in found) else 0
     if arguments.json:
@@ -123,9 +128,10 @@ def look_at(fleet: RunningFleet) -> FleetRows:
     nodes, now = {node.name: node for node in state.nodes}, time.time()
     rows = [_row(entry, nodes.get(entry.address.node), now) for entry in entries]
     present = {entry.address.node for entry in entries}
-    rows += [_absent(node) for node in state.nodes if node.name not in present]
+    rows += [_absent(node, state.host) for node in state.nodes if node.name not in present]
     return FleetRows(
-        state.name, state.state, state.url, state.models, state.launcher_pid, tuple(rows), problem, lacks_key
+        *(state.name, state.state, state.url, state.models, state.launcher_pid),
+        *(tuple(rows), problem, lacks_key, state.host),
     )
 
 
@@ -161,15 +167,17 @@ def _row(entry: Entry, node: NodeState | None, now: float) -> Row:
         prefill_tps=load.prefill_tps if has_queue else None,
         decode_tps=load.decode_tps if has_queue else None,
         counters=msgspec.structs.asdict(entry.counters) if entry.kind in ("engine", "kv_manager") else None,
+        host=entry.host,
     )
 
 
-def _absent(node: NodeState) -> Row:
+def _absent(node: NodeState, host: str) -> Row:
     kind, nothing = node.kind, None
     return Row(
         *(node.name, kind, (), "", node.state, node.pid, node.num_restarts),
         *(nothing, nothing, nothing, nothing, "", node.detail),
         node=node.name,
+        host=host,
     )
 
 
@@ -178,7 +186,8 @@ def _print(fleet: FleetRows, *, is_wide: bool) -> None:
 
     console = Console(highlight=False, width=WIDTH)
     where = f" at {fleet.url}/v1" if fleet.url else ""
-    console.print(f"Fleet {fleet.name}: {fleet.state}{where}", markup=False)
+    whose = f", host {fleet.host}" if fleet.host else ""
+    console.print(f"Fleet {fleet.name}{whose}: {fleet.state}{where}", markup=False)
     console.print(_table(fleet, is_wide=is_wide))
     if any(row.num_blocks for row in fleet.actors):
         what = "LOAD: sequences running/waiting. USED, CACHED: of all KV BLOCKS; cached ones can be had."
@@ -201,7 +210,9 @@ def _table(fleet: FleetRows, *, is_wide: bool) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ["NAME", "ROLE", "MODEL", "STATE", "UP", "LOAD", "USED", "CACHED", "BLOCKS", "WITH"]
+    has_hosts = len({row.host for row in fleet.actors}) > 1
+    titles = ["NAME", *(["HOST"] if has_hosts else []), "ROLE", "MODEL", "STATE"]
+    titles += ["UP", "LOAD", "USED", "CACHED", "BLOCKS", "WITH"]
     for title in [*titles, *(["PID", "DEVICE", "ADDRESS"] if is_wide else [])]:
         is_number = title in ("UP", "LOAD", "USED", "CACHED", "BLOCKS", "PID")
         table.add_column(title, justify="right" if is_number else "left", no_wrap=True)
@@ -212,6 +223,7 @@ def _table(fleet: FleetRows, *, is_wide: bool) -> "Table":
         numbers = (row.used_blocks, row.cached_blocks, row.num_blocks) if has_pool else ("", "", "")
         table.add_row(
             escape(row.name),
+            *([escape(row.host or "-")] if has_hosts else []),
             row.role,
             escape(row.model),
             f"[{color}]{row.state}{restarts}[/]",

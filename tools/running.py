@@ -1,6 +1,7 @@
 """Which fleets run: their run directories, and the state file in each, written by the launcher and read by everybody.
 
-A fleet is found by its name: ``$XDG_RUNTIME_DIR/callboard/NAME``, or ``/tmp/callboard-UID/NAME``.
+A fleet is found by its name: ``$XDG_RUNTIME_DIR/callboard/NAME``, or ``/tmp/callboard-UID/NAME``. What a host has
+brought into a fleet that runs elsewhere is beside it, at ``NAME@HOST``.
 """
 
 import asyncio
@@ -46,6 +47,13 @@ class FleetState(msgspec.Struct, frozen=True):
     nodes: tuple[NodeState, ...] = ()
     keys: str | None = None
     """The directory of the keys it was started with; nothing secret is written down here."""
+    host: str = ""
+    """The name of the joined host, where this is one: the fleet's control node is elsewhere."""
+
+    @property
+    def title(self) -> str:
+        """What tells it from all others of this machine: NAME, or NAME@HOST."""
+        return f"{self.name}@{self.host}" if self.host else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,21 +159,33 @@ def running_fleets(*, keys: str | None = None) -> list[RunningFleet]:
     return found
 
 
-def find_fleet(name: str | None, *, keys: str | None = None) -> RunningFleet:
-    """Return the fleet of that name, or the only one that runs. Raises NoSuchFleet. ``keys``: see running_fleets."""
+def find_fleet(name: str | None, *, keys: str | None = None, is_any_host: bool = True) -> RunningFleet:
+    """Return the fleet of that name, or the only one that runs. Raises NoSuchFleet. ``keys``: see running_fleets.
+
+    Where several hosts of one fleet are on this machine, any will do, unless ``is_any_host`` is not set.
+    """
     fleets = running_fleets(keys=keys)
-    if name is None and len(fleets) == 1:
-        return fleets[0]
-    names = ", ".join(fleet.state.name for fleet in fleets)
+    choice = once_each(fleets) if is_any_host else fleets
+    if name is None and len(choice) == 1:
+        return choice[0]
+    names = ", ".join(fleet.state.title for fleet in fleets)
     if not fleets:
         missing = "no fleet is running" if name is None else f'no fleet "{name}" is running'
         raise NoSuchFleet(f'{missing}: start one with "callboard up"')
     if name is None:
         raise NoSuchFleet(f"several fleets are running: name one of {names}")
-    for fleet in fleets:
-        if fleet.state.name == name:
+    for fleet in (*(each for each in fleets if each.state.title == name), *once_each(fleets)):
+        if name in (fleet.state.title, fleet.state.name):
             return fleet
     raise NoSuchFleet(f'no fleet "{name}" is running; running: {names}')
+
+
+def once_each(fleets: list[RunningFleet]) -> list[RunningFleet]:
+    """Return every fleet once: with its control node where that runs here, too, else as the first host that joined."""
+    found: dict[str, RunningFleet] = {}
+    for fleet in sorted(fleets, key=lambda each: each.state.host):
+        found.setdefault(fleet.state.name, fleet)
+    return [found[name] for name in sorted(found)]
 
 
 def open_fleet(where: str | None, *, keys: str | None = None) -> RunningFleet:
@@ -198,9 +218,13 @@ async def claim_run_dir(name: str) -> tuple[Path, int]:
             return folder, lock
         if (state := read_state(folder)) is not None:
             hint = f'stop it with "callboard down {name}", or pass --name for a second one'
-            raise FleetRuns(f'a fleet "{name}" is running already (launcher pid {state.launcher_pid}): {hint}')
+            if state.host:
+                hint = f'stop it with "callboard down {name}", or pass --host with another name'
+            what = f'"{state.host}" has joined fleet "{state.name}"' if state.host else f'a fleet "{name}" is running'
+            raise FleetRuns(f"{what} already (launcher pid {state.launcher_pid}): {hint}")
         await asyncio.sleep(0.1)  # It is starting this very moment, or the rest of a killed one is ending.
-    raise FleetRuns(f'processes of an earlier fleet "{name}" have not ended yet: try again, or pass --name')
+    option = "--host" if "@" in name else "--name"
+    raise FleetRuns(f'processes of an earlier fleet "{name}" have not ended yet: try again, or pass {option}')
 
 
 def cache_dir() -> Path:

@@ -42,6 +42,8 @@ class EngineRow(msgspec.Struct, frozen=True):
     preemptions_per_s: float
     kv_usage: float | None
     """The share of its pool's blocks that is in use."""
+    host: str = ""
+    """The joined host that it runs on; empty where the fleet was started."""
 
 
 class PoolRow(msgspec.Struct, frozen=True):
@@ -188,6 +190,7 @@ def _engine(entry: Entry, delta: Delta) -> EngineRow:
         delta.rate(entry, "num_generated_tokens"),
         delta.rate(entry, "num_preemptions"),
         usage if usage is None else round(usage, 4),
+        entry.host,
     )
 
 

@@ -60,7 +60,7 @@ def _summary(frame: Frame, history: Sequence[float]) -> Text:
 def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
-        is_left = title in ("FRONTEND", "ENGINE", "POOL", "ROLE", "MODEL", "STATE", "BLOCKS", "LANES", "KV")
+        is_left = title in ("FRONTEND", "ENGINE", "POOL", "HOST", "ROLE", "MODEL", "STATE", "BLOCKS", "LANES", "KV")
         table.add_column(title, justify="left" if is_left else "right", no_wrap=True)
     return table
 
@@ -80,7 +80,8 @@ def _latencies(frontends: Sequence[FrontendRow]) -> Table:
 def _engines(engines: Sequence[EngineRow], sort: str) -> Table:
     titles = ["ENGINE", "ROLE", "MODEL", "STATE", "UP", "RUN", "WAIT", "REQ/S", "PROMPT/S", "OUTPUT/S", "KV"]
     sorted_by = {"name": "ENGINE", "output": "OUTPUT/S", "prompt": "PROMPT/S", "load": "RUN", "kv": "KV"}[sort]
-    table = _table(*titles)
+    has_hosts = len({row.host for row in engines}) > 1
+    table = _table(titles[0], *(["HOST"] if has_hosts else []), *titles[1:])
     for column in table.columns:
         if column.header == sorted_by:
             column.header = Text(sorted_by, style="bold underline")
@@ -90,6 +91,7 @@ def _engines(engines: Sequence[EngineRow], sort: str) -> Table:
             state += f" [red]{_rate(row.preemptions_per_s)} preempted/s[/]"
         table.add_row(
             row.name,
+            *([row.host or "-"] if has_hosts else []),
             row.roles[0] if len(row.roles) == 1 else "both",
             row.model,
             state,

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -23,14 +25,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Start the fleet of ``arguments.file``. Raises CliError."""
     file = load(arguments.file, name=arguments.name, port=arguments.port)
     if arguments.events_fd is not None:
-        return _run_daemon(file, arguments.events_fd)
+        return run_daemon(lambda show: _launch(file, show, is_detached=True), arguments.events_fd)
     if arguments.detach:
-        started = start_detached(arguments.file, name=arguments.name, port=arguments.port)
-        if started is not None:
-            print(describe_started(started), flush=True)
-        return 0
+        return say_started(start_detached(arguments.file, name=arguments.name, port=arguments.port))
     with terminal_show() as show:
-        return uvloop.run(_launch(file, _with_farewell(show), is_detached=False))
+        return uvloop.run(_launch(file, with_farewell(show), is_detached=False))
+
+
+def say_started(started: Started | None) -> int:
+    """Tell the user of a launcher that runs on by itself; return the exit code."""
+    if started is not None:
+        print(describe_started(started), flush=True)
+    return 0
 
 
 def load(path: str | None, *, name: str | None, port: int | None) -> FleetFile:
@@ -57,7 +63,9 @@ def load(path: str | None, *, name: str | None, port: int | None) -> FleetFile:
     return file
 
 
-def _with_farewell(show: Show) -> Show:
+def with_farewell(show: Show) -> Show:
+    """Return a Show that also prints how to use what has started."""
+
     def shown(event: Event) -> None:
         show(event)
         if event.started is not None:
@@ -73,28 +81,34 @@ async def _launch(file: FleetFile, show: Show, *, is_detached: bool) -> int:
 # ---- detached: the foreground command waits, and a daemon is the launcher ------------------------------------------
 
 
-def _run_daemon(file: FleetFile, fd: int) -> int:
+def run_daemon(launch: Callable[[Show], Coroutine[Any, Any, int]], fd: int) -> int:
+    """Be the launcher that ``detach`` has started: tell it of everything through ``fd``; return the exit code."""
     os.set_inheritable(fd, False)
     show = pipe_show(fd)
     try:
-        return uvloop.run(_launch(file, show, is_detached=True))
+        return uvloop.run(launch(show))
     except CliError as error:
         show(Event("failed", str(error), exit_code=error.exit_code))
         return error.exit_code
 
 
 def start_detached(file: str | None, *, name: str | None, port: int | None) -> Started | None:
-    """Start a fleet whose launcher is a daemon; return once it serves, or None if it was stopped while starting.
+    """Start a fleet whose launcher is a daemon: see ``detach``."""
+    words = [] if file is None else [file]
+    words += ["--name", name] if name is not None else []
+    words += ["--port", str(port)] if port is not None else []
+    return detach("up", words)
+
+
+def detach(command: str, words: Sequence[str]) -> Started | None:
+    """Run a command whose launcher is a daemon; return once it serves, or None if it was stopped while starting.
 
     Raises CliError with the launcher's own sentence if it does not come up; nothing of it is left then.
     """
     reader, writer = os.pipe()
-    command = [sys.executable, "-P", "-m", "callboard.tools.cli", "up", "--events-fd", str(writer)]
-    command += [file] if file is not None else []
-    command += ["--name", name] if name is not None else []
-    command += ["--port", str(port)] if port is not None else []
+    whole = [sys.executable, "-P", "-m", "callboard.tools.cli", command, "--events-fd", str(writer), *words]
     # Until it has a log of its own, the daemon speaks to this terminal.
-    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[writer], start_new_session=True)
+    daemon = subprocess.Popen(whole, stdin=subprocess.DEVNULL, pass_fds=[writer], start_new_session=True)
     os.close(writer)
     try:
         with os.fdopen(reader, "rb") as lines, terminal_show() as show:
@@ -109,7 +123,7 @@ def start_detached(file: str | None, *, name: str | None, port: int | None) -> S
         code = daemon.wait()
         if code == 0:
             return None
-        raise StartFailed(f"the launcher ended with exit code {code} before the fleet was up")
+        raise StartFailed(f"the launcher ended with exit code {code} before it was up")
     except KeyboardInterrupt:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait()

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from callboard.actors.protocol import Attach, Attached, BadRequest, Recall
-from callboard.bus import FOREVER, ActorDied, BusError, LinkLost, Node, Ref
+from callboard.bus import FOREVER, ActorDied, BusError, Call, LinkLost, Node, Ref
 from callboard.kv.lanes import INPROC
 from callboard.kv.page_store import PageStore
 from callboard.kv.pool_socket import WrongPool, fetch_pool
@@ -52,6 +52,16 @@ class Attachment:
     def is_current(self, count: int) -> bool:
         """Return whether the attachment of that count lasts."""
         return self.is_attached and self.count == count
+
+    def require(self, call: Call | None, named: str) -> None:
+        """Raise unless a call is the manager's own, under the present attachment: only it knows whose blocks are whose.
+
+        Raises BadRequest for anybody else's, LinkLost where the attachment is over.
+        """
+        if call is None or call.caller != self.manager.address.node:
+            raise BadRequest(reason=f"only its KV manager may have {self._message.engine} compute KV")
+        if not self.is_attached or named != self.named:
+            raise LinkLost(f"{self._message.engine} is not attached to its KV manager, or has been anew")
 
     async def run(self) -> None:
         """Attach, and again whenever that ends. Raises BadRequest if the manager will never have this engine."""

@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: float = 30.0
     """A paused sequence of which nothing is read for so long is ended with Stalled."""
     simulated: Simulation = Simulation()
+    fingerprint: str = ""
+    """Of the model (model_config.py): the pool must be of the same one."""
 
     def limits(self, max_model_len: int) -> dict[str, str]:
         """Return what the directory tells of the engine's steps: enough to simulate it elsewhere."""

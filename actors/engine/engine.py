@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from callboard.actors.actor import Actor
+from callboard.actors.model_config import kv_shape
 from callboard.actors.protocol import (
     Abort,
     Attach,
@@ -26,7 +27,7 @@ from callboard.actors.protocol import (
     Token,
 )
 from callboard.actors.registration import Registration
-from callboard.bus import ActorDied, BusError, LinkLost, current_call
+from callboard.bus import ActorDied, BusError, current_call
 from callboard.kv.page_store import PageStore
 from callboard.kv.tokens import num_tokens
 
@@ -90,7 +91,7 @@ class Engine(Actor):
         self.attachment = Attachment(
             node,
             node.ref(config.manager),
-            Attach(config.name, self.runner.layout, self.ref.address),
+            Attach(config.name, self.runner.layout, self.ref.address, config.fingerprint),
             on_attached=self._on_attached,
             on_recall=lambda num_blocks: self.supply.recall(num_blocks),
             on_lost=self._on_lost,
@@ -109,7 +110,7 @@ class Engine(Actor):
             device=config.device,
             manager=config.manager,
             load=self.load(),
-            detail=config.limits(self.scheduler.max_model_len),
+            detail={**config.limits(self.scheduler.max_model_len), "kv": kv_shape(self.runner.layout)},
         )
         self.registration = Registration(self, entry)
         self.spawn(self._run_steps())
@@ -152,13 +153,12 @@ class Engine(Actor):
     async def on_compute_kv(self, message: ComputeKv) -> AsyncIterator[LayersDone | KvComputed]:
         begin_s = self.node.clock.now()
         await self._started.wait()
+        self.attachment.require(current_call(), message.attachment)
         tokens = self.door.check_prompt(message.tokens, is_generating=False)
         check_block_table(message.block_table, self._num_blocks)
         num_slots = num_tokens(message.block_table) * self.config.block_size
         if not 0 <= message.num_cached_tokens <= len(tokens) <= num_slots:
             raise BadRequest(reason=f"{num_slots} slots do not hold {len(tokens)} tokens")
-        if not self.attachment.is_attached or message.attachment not in ("", self.attachment.named):
-            raise LinkLost(f"{self.name} is not attached to its KV manager, or has been anew")
         sequence_id = f"{message.request_id}/{self.node.new_id()}"
         sequence = Sequence(sequence_id, tokens, None, request_id=message.request_id)
         sequence.place(message.block_table, message.num_cached_tokens)
@@ -340,7 +340,7 @@ class Engine(Actor):
     # ---- the pool ------------------------------------------------------------------------------------------------
 
     async def _on_attached(self, store: PageStore) -> None:
-        await self._worker.run(self.runner.map_pool, store.view, store.num_blocks)
+        await self._worker.run(self.runner.map_pool, store.memory, store.num_blocks)
         facts = self.runner.facts
         pool_len = store.num_blocks * self.config.block_size
         max_model_len = min(self.config.max_model_len or facts.max_model_len, facts.max_model_len, pool_len)

@@ -28,12 +28,14 @@ class PagedContext:
         self.pool: Tensor | None = None
         """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]"""
         self.slots = self.block_tables = self.context_lens = self.query_start = self.split = torch.empty(0)
+        self.host_lens: Tensor | None = None
+        """context_lens and query_start once more, where those are on a GPU."""
         self.on_layer: Callable[[int], None] | None = None
         """Called with a layer's index when its KV is in place."""
 
 
-def load_model(directory: str | Path, dtype: str) -> tuple[nn.Module, PagedContext]:
-    """Load a model for paged attention. Raises ModelConfigError for what cannot be served correctly."""
+def load_model(directory: str | Path, dtype: str, device: str = "cpu") -> tuple[nn.Module, PagedContext]:
+    """Load a model for paged attention onto ``device``. Raises ModelConfigError for what cannot be served correctly."""
     try:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
@@ -45,6 +47,7 @@ def load_model(directory: str | Path, dtype: str) -> tuple[nn.Module, PagedConte
     model = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation=ATTENTION_NAME
     ).eval()
+    model.to(device)
     facts = facts_of(config.to_dict())
     return model, adopt_model(model, facts, layout_of(facts, dtype=dtype))
 
@@ -60,14 +63,18 @@ def adopt_model(model: nn.Module, facts: ModelFacts, layout: KvLayout) -> PagedC
             setattr(module, CONTEXT_ATTRIBUTE, context)
     seen: list[int] = []
     context.on_layer = seen.append
-    context.pool = torch.zeros(layout.pool_shape(1), dtype=getattr(torch, layout.dtype))
-    context.slots, context.block_tables = torch.tensor([0]), torch.tensor([[0]], dtype=torch.int32)
-    context.context_lens, context.query_start = torch.tensor([1]), torch.tensor([0, 1])
+    device = next(model.parameters()).device
+    context.pool = torch.zeros(layout.pool_shape(1), dtype=getattr(torch, layout.dtype), device=device)
+    context.slots = torch.tensor([0], device=device)
+    context.block_tables = torch.tensor([[0]], dtype=torch.int32, device=device)
+    context.context_lens = torch.tensor([1], device=device)
+    context.query_start = torch.tensor([0, 1], device=device)
     context.split = torch.tensor([1, 1])
-    ids = torch.zeros(1, 1, dtype=torch.int64)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    rows = torch.tensor([0], device=device)
     try:
         with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=torch.tensor([0]))
+            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=rows)
     except (ValueError, TypeError) as error:
         raise ModelConfigError(f"this model cannot be served: {error}") from None
     finally:
@@ -138,6 +145,7 @@ def attend(
         context.split,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window,
+        context.host_lens,
     )
     if context.on_layer is not None:
         context.on_layer(layer)

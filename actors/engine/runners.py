@@ -20,6 +20,7 @@ def make_runner(config: EngineConfig) -> Runner:
 
     return TransformersRunner(
         config.path,
+        device=config.device,
         dtype=config.dtype,
         block_size=config.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -23,9 +23,9 @@ MAX_INT64 = (1 << 63) - 1
 MIN_TEMPERATURE = 1e-5  # below it logits / T would overflow, and a draw is the greedy token anyway
 
 
-def noise(seed: int, index: int, position: int, vocab: int | Tensor) -> Tensor:
-    """Return Gumbel noise: float32 of shape [vocab], or at the vocabulary ids given as an int64 tensor."""
-    ids = torch.arange(vocab) if isinstance(vocab, int) else vocab
+def noise(seed: int, index: int, position: int, vocab: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Return Gumbel noise: float32 of shape [vocab] on ``device``, or at the ids of an int64 tensor, where that is."""
+    ids = torch.arange(vocab, device=device) if isinstance(vocab, int) else vocab
     key = torch.tensor(_signed(seed))
     for word in (index, position):
         key = _mix(key + GOLDEN_STEP) ^ _signed(word)
@@ -62,7 +62,7 @@ def sample(logits: Tensor, draws: Items[Draw]) -> list[Sample]:
     for row, draw in enumerate(draws):
         if draw.sampling.temperature >= MIN_TEMPERATURE:
             chosen[row] = _choose(logits[row], draw)
-    picked = logits[torch.arange(len(chosen)), torch.tensor(chosen, dtype=torch.int64)]
+    picked = logits.gather(1, torch.tensor(chosen, dtype=torch.int64, device=logits.device)[:, None])[:, 0]
     logprobs = (picked - torch.logsumexp(logits, dim=-1)).tolist()
     return [Sample(token, min(0.0, logprob)) for token, logprob in zip(chosen, logprobs, strict=True)]
 
@@ -71,7 +71,7 @@ def _choose(logits: Tensor, draw: Draw) -> int:
     sampling = draw.sampling
     ids = candidates(logits, sampling)
     if ids is None:
-        shift = noise(sampling.seed, sampling.index, draw.position, logits.shape[-1])
+        shift = noise(sampling.seed, sampling.index, draw.position, logits.shape[-1], logits.device)
         return int((logits / sampling.temperature).add_(shift).argmax())
     shift = noise(sampling.seed, sampling.index, draw.position, ids)
     return int(ids[(logits[ids] / sampling.temperature + shift).argmax()])

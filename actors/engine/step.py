@@ -5,7 +5,7 @@ A runner is anything of the shape of ``Runner``: a new one is a new file.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from callboard.actors.model_config import ModelFacts
 from callboard.actors.protocol import SamplingParams
@@ -79,8 +79,11 @@ class Runner(Protocol):
     facts: ModelFacts
     layout: KvLayout
 
-    def map_pool(self, memory: memoryview, num_blocks: int) -> None:
-        """Use ``memory``, of ``layout.pool_shape(num_blocks)``, as the pool from now on."""
+    def map_pool(self, memory: Any, num_blocks: int) -> None:
+        """Use ``memory``, of ``layout.pool_shape(num_blocks)``, as the pool from now on.
+
+        It is a ``PageStore.memory``: a buffer, or on a GPU an object with a CUDA array interface.
+        """
 
     def unmap_pool(self) -> None:
         """Let go of the pool's memory."""

@@ -38,6 +38,18 @@ COUNTERS_OF_POOLS: tuple[tuple[str, str, Callable[[Counters], float]], ...] = (
     ),
     ("prefix_cache_hits", "Tokens that were found in the prefix cache.", lambda counters: counters.num_hit_tokens),
     ("kv_evicted_blocks", "Cached blocks that gave way to others.", lambda counters: counters.num_evicted_blocks),
+    (
+        "external_prefix_cache_hits",
+        "Tokens whose KV was brought back from host memory or disk.",
+        lambda counters: counters.num_tier_hit_tokens,
+    ),
+    ("kv_offload_load_bytes", "KV read from disk.", lambda counters: counters.num_tier_bytes_read),
+    ("kv_offload_store_bytes", "KV written to disk.", lambda counters: counters.num_tier_bytes_written),
+    (
+        "kv_offload_dropped_blocks",
+        "Cached blocks that were lost before a tier had them.",
+        lambda counters: counters.num_tier_dropped_blocks,
+    ),
     ("kv_sent_bytes", "KV written into other pools for remote_send.", lambda counters: counters.num_bytes_sent),
 )
 NO_ENDS = {"stop": 0, "length": 0, "abort": 0, "error": 0}

@@ -104,7 +104,8 @@ class Frontend(Actor):
         self._server = HttpServer(app, bound, grace_s=config.grace_s, stall_s=config.stall_s)
         self.spawn(self._server.serve())
         address = self.node.address_of(self.name)
-        Registration(self, Entry(name=self.name, kind="frontend", address=address, detail={"url": self.url}))
+        detail = {"url": self.url, "models": ", ".join(config.models)}
+        Registration(self, Entry(name=self.name, kind="frontend", address=address, detail=detail))
 
     async def stop(self) -> None:
         self._is_stopping = True

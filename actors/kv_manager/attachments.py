@@ -28,16 +28,21 @@ class Attachments:
     def __init__(self, manager: PoolActor) -> None:
         self._manager = manager
         self._attachments: dict[str, _Attachment] = {}
+        self._fingerprint = manager.config.fingerprint
 
     async def serve(self, message: Attach, call: Call) -> AsyncGenerator[Attached | Recall, None]:
         """Keep an engine's account for as long as its tie stands.
 
-        Raises BadRequest for another layout, LinkLost when another engine attaches under the name.
+        Raises BadRequest for another layout or model, LinkLost when another engine attaches under the name.
         """
         manager = self._manager
         if message.layout != manager.config.layout:
             raise BadRequest(reason=f"the pool of {manager.name} has another layout than engine {message.engine}")
-        attachment = _Attachment(manager.blocks.attach(message.engine, call.caller_incarnation), message.address)
+        self._fingerprint = self._fingerprint or message.fingerprint
+        if message.fingerprint != self._fingerprint:
+            raise BadRequest(reason=f"the pool of {manager.name} holds the KV of another model than {message.engine}'s")
+        account = manager.blocks.attach(message.engine, call.caller_incarnation, call.caller)
+        attachment = _Attachment(account, message.address)
         before = self._attachments.get(message.engine)
         if before is not None:  # It may be alive, and would go on without an account for ever.
             before.is_replaced = True

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager
 
+import msgspec
+
 from callboard.actors.protocol import (
     Admit,
     Admitted,
@@ -16,15 +18,12 @@ from callboard.actors.protocol import (
     Attached,
     BadRequest,
     CloseWrite,
-    Counters,
     Done,
-    Entry,
     Finish,
     GetKvStats,
     Give,
     KvAddr,
     KvStats,
-    Load,
     OpenWrite,
     PrepRecv,
     Probe,
@@ -37,6 +36,7 @@ from callboard.actors.protocol import (
     Seal,
     Sent,
     Slab,
+    TakePages,
     Tie,
     Tied,
     WriteOpened,
@@ -44,7 +44,10 @@ from callboard.actors.protocol import (
 from callboard.bus import Call, current_call
 from callboard.kv.accounts import Grant
 from callboard.kv.block_manager import BlockManager
-from callboard.kv.layout import BadRange, OutOfBlocks, StaleReservation
+from callboard.kv.device_pages import warm_up
+from callboard.kv.device_store import DeviceStore
+from callboard.kv.lanes import WIRES, UcxWires, host_of
+from callboard.kv.layout import BadRange, CorruptPages, OutOfBlocks, StaleReservation
 from callboard.kv.poison import Poison
 from callboard.kv.published import PublishedPool, published_in_process, published_to_processes
 from callboard.kv.reservation_table import Held
@@ -53,14 +56,15 @@ from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tok
 
 from .attachments import Attachments
 from .pool_actor import PoolActor
+from .quarantine import watch_quarantine
 from .queue import BlockQueue, Priority
+from .receiver import Receiver
+from .report import report
 from .sender import Sender
+from .tiering import Tiering
+from .warming import Warming
 from .writers import SELF, Writers
 
-REPORT_S = 0.2
-"""How often the directory hears of the load."""
-MOST_DETAIL = 1000
-"""Characters of the lanes that the directory is told of."""
 STATS_RECALL_S = 0.5
 """How long engines may take to return unused blocks before they are counted."""
 
@@ -72,7 +76,8 @@ class KvManager(PoolActor):
         super().__init__(config)
         self.engines = Attachments(self)
         self._sender = Sender(self, self.engines)
-        self._writers = Writers(self)
+        self._receiver = Receiver(self)
+        self._writers = Writers(self, self._receiver)
         self._leased = asyncio.Event()
 
     async def start(self) -> None:
@@ -83,18 +88,27 @@ class KvManager(PoolActor):
         )
         self.blocks.reservations.tie(SELF)
         self.queue = BlockQueue(node, self.blocks.allocator, self.engines.recall)
+        self.tiers = Tiering(self)
+        self.warming = Warming(self, self.tiers)
         ready: asyncio.Future[PublishedPool] = asyncio.get_running_loop().create_future()
         self.spawn(self._hold_pool(ready))
+        self.wires = (node.exchange or {}).get(WIRES, UcxWires)(host_of(node.endpoint))
+        self.spawn(self._receiver.hold_wires())
         pool = await ready
         self.store, self.pool_path = pool.store, pool.path
+        if isinstance(self.store, DeviceStore):
+            await node.run_blocking(warm_up, self.store)
         if node.clock.is_virtual:
             self.blocks.allocator.pool.watch = Poison(self.store)
+        await self.tiers.start()
         self.spawn(self._expire())
+        self.spawn(watch_quarantine(self, self._writers))
         if self.directory is not None:
-            self.spawn(self._report())
+            self.spawn(report(self, self.tiers, self._sender.lanes))
 
     async def stop(self) -> None:
         self._sender.is_stopping = True
+        await self.tiers.stop()
 
     # ---- the verbs -----------------------------------------------------------------------------------------------
 
@@ -107,11 +121,12 @@ class KvManager(PoolActor):
         # Whoever asks again does not queue: those who wait for blocks may be waiting for this one's.
         held = reservations.renew(key, message.prompt, end, now=clock.now())
         if held is None:
+            await self.warming.warm(message.prompt)
             held = await self.queue.take(
                 Priority.PREP_RECV,
                 self.blocks.allocator.blocks_for(length),
                 lambda: reservations.reserve(key, message.prompt, end, now=clock.now()),
-                lambda held: reservations.release(held.reservation.id),
+                lambda held: reservations.disclaim(held.reservation.id),
                 message.wait_s,
             )
         self._leased.set()
@@ -119,13 +134,17 @@ class KvManager(PoolActor):
 
     async def on_remote_send(self, message: RemoteSend) -> Sent:
         _require_tokens(message.prompt)
+        _, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
+        await self.warming.warm(message.prompt, end)
         return await self._sender.send(message)
 
     def on_probe(self, message: Probe) -> Probed:
         cached = self.blocks.cache.match(message.prompt).num_tokens
         blocks, config = self.blocks, self.config
         idle = blocks.cache.num_idle
-        return Probed(cached, blocks.allocator.num_available, config.num_blocks, self.node.incarnation, idle)
+        below = self.tiers.num_held_tokens(message.prompt)
+        node, free = self.node, blocks.allocator.num_available
+        return Probed(cached, free, config.num_blocks, node.incarnation, idle, below, node.name)
 
     def on_release(self, message: Release) -> Done:
         if message.kv.epoch == self.epoch:
@@ -143,18 +162,18 @@ class KvManager(PoolActor):
     async def on_admit(self, message: Admit) -> Admitted:
         """After an Admit that was cancelled or timed out, tell Finish: the answer may have been under way."""
         _require_tokens(message.tokens)
-        lease = self.blocks.account(message.engine, message.attachment).sequences.get(message.sequence_id)
-        if lease is not None:
-            return _admitted(lease.grant)
+        if repeated := self.blocks.granted(message.engine, message.sequence_id, message.attachment):
+            return _admitted(repeated)
         blocks, kv = self.blocks, message.kv
         total = blocks.allocator.blocks_for(num_tokens(message.tokens))
         engine, sequence_id, tokens = message.engine, message.sequence_id, message.tokens
         attachment = message.attachment
 
         def undo(_: Grant) -> None:
-            blocks.finish(engine, sequence_id, b"", ())
+            blocks.disclaim(engine, sequence_id)
 
         if kv is None:
+            await self.warming.warm(tokens)
             grant = await self.queue.take(
                 Priority.ADMIT,
                 total,
@@ -162,7 +181,11 @@ class KvManager(PoolActor):
                 undo,
                 message.wait_s,
             )
-            return _admitted(grant)
+            try:
+                return _admitted(await self.warming.fill(engine, sequence_id, tokens, grant))
+            except BaseException:
+                undo(grant)
+                raise
         with self._awaiting(kv) as held:
             await self._sealed(held)
 
@@ -214,7 +237,20 @@ class KvManager(PoolActor):
     def on_open_write(self, message: OpenWrite) -> WriteOpened:
         return self.open_write(message, writer=_caller().caller_incarnation)
 
-    def on_close_write(self, message: CloseWrite) -> Done:
+    async def on_take_pages(self, message: TakePages) -> Done:
+        return await self._receiver.take(message, _caller())
+
+    async def on_close_write(self, message: CloseWrite) -> Done:
+        if message.is_complete and self.config.verify:
+            self.require_epoch(message.reservation_id, message.epoch)
+            begin_s = self.node.clock.now()
+            try:
+                await self.verify(message)
+            except CorruptPages:
+                self.close_write(msgspec.structs.replace(message, is_complete=False))
+                raise
+            finally:
+                self.node.note(current_call(), "verify", begin_s)
         return self.close_write(message)
 
     async def on_get_kv_stats(self, message: GetKvStats) -> KvStats:
@@ -298,7 +334,13 @@ class KvManager(PoolActor):
         config, node = self.config, self.node
         if config.socket_dir is not None:
             return published_to_processes(
-                config.socket_dir, self.name, config.layout, config.num_blocks, epoch=self.epoch, fd=config.pool_fd
+                config.socket_dir,
+                self.name,
+                config.layout,
+                config.num_blocks,
+                epoch=self.epoch,
+                fd=config.pool_fd,
+                device=config.device,
             )
         if node.exchange is None:
             raise ValueError(f"KV manager {config.name} needs a socket_dir: its peers are other processes")
@@ -319,38 +361,6 @@ class KvManager(PoolActor):
             await clock.sleep(max(0.0, expiry - clock.now()))
             reservations.expire(clock.now())
             self.changed()
-
-    async def _report(self) -> None:
-        """Keep the directory's entry, and the load in it, fresh."""
-        from callboard.actors.registration import Registration  # It needs no KV manager, but a fleet.
-
-        registration = Registration(
-            self,
-            Entry(self.name, "kv_manager", self.ref.address, device=self.config.device, load=self._load()),
-        )
-        while True:
-            await self.node.clock.sleep(REPORT_S)
-            lanes = ", ".join(f"{manager}: {lane}" for manager, lane in sorted(self._sender.lanes().items()))
-            detail = {"lanes": lanes[:MOST_DETAIL]} if lanes else {}
-            registration.update(load=self._load(), counters=self._counters(), detail=detail)
-
-    def _load(self) -> Load:
-        blocks = self.blocks
-        return Load(
-            free_blocks=blocks.allocator.num_available,
-            num_blocks=self.config.num_blocks,
-            cached_blocks=blocks.cache.num_idle,
-            quarantined_blocks=blocks.num_quarantined,
-        )
-
-    def _counters(self) -> Counters:
-        cache = self.blocks.cache
-        return Counters(
-            num_queried_tokens=cache.num_queried_tokens,
-            num_hit_tokens=cache.num_hit_tokens,
-            num_evicted_blocks=cache.num_evicted,
-            num_bytes_sent=self.num_bytes_sent,
-        )
 
 
 def _caller() -> Call:

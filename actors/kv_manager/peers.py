@@ -5,10 +5,22 @@ When the receiving manager dies, its lane is closed, also under those who write.
 
 import asyncio
 
-from callboard.actors.protocol import Tie
+from callboard.actors.protocol import TakePages, Tie, Tied
 from callboard.bus import FOREVER, Address, BusError, LinkLost, Ref
 from callboard.bus.calls import enter_call
-from callboard.kv.lanes import Lane, open_lane
+from callboard.kv.lanes import (
+    MAPPED,
+    Lane,
+    LaneOffer,
+    PageWrite,
+    Piece,
+    WireBroken,
+    WiresMissing,
+    machine_id,
+    open_lane,
+    open_wire_lane,
+    usable_lanes,
+)
 from callboard.kv.layout import StaleReservation
 from callboard.kv.pool_socket import WrongPool
 
@@ -52,21 +64,16 @@ class Peers:
     async def _keep(self, peer: Peer, address: Address, epoch: str) -> None:
         """Hold the tie until it breaks."""
         enter_call(None)  # It outlives the call that it was made for.
-        node = self._manager.node
+        lanes = usable_lanes(self._manager.config.transport, self._manager.wires, self._manager.store.gpu)
         error: BusError | None = None
         try:
-            async with peer.ref.stream(Tie(epoch, self._manager.ref.address), timeout=FOREVER) as items:
-                async for item in items:
-                    if peer.ready.done():
-                        raise LinkLost(f"{address} tied itself twice")
-                    layout, pace = self._manager.config.layout, self._manager.pace(address.actor)
-                    lane = await open_lane(item.pool_path, node.exchange, epoch=epoch, layout=layout, pace=pace)
-                    peer.ready.set_result(lane)
+            while lanes and not peer.ready.done():
+                lanes = await self._tie(peer, address, epoch, lanes)
         except BusError as broken:
             error = broken
-        except WrongPool as broken:
+        except (WrongPool, WiresMissing) as broken:
             error = StaleReservation(reservation_id="", reason=str(broken))
-        except (OSError, ValueError) as broken:
+        except (OSError, ValueError, WireBroken) as broken:
             error = LinkLost(f"the pool of {address} is out of reach: {broken}")
         finally:
             self._peers.pop(_key(address, epoch), None)
@@ -76,6 +83,55 @@ class Peers:
             elif not peer.ready.exception():
                 # Also under a write: the next manager of that device may have the same memory, and lend it anew.
                 peer.ready.result().close()
+
+    async def _tie(self, peer: Peer, address: Address, epoch: str, lanes: tuple[str, ...]) -> tuple[str, ...]:
+        """Tie up and stay; return the lanes that are left to try where the one that was offered cannot be gone."""
+        manager = self._manager
+        message = Tie(epoch, manager.ref.address, lanes, machine_id(), manager.store.gpu)
+        async with peer.ref.stream(message, timeout=FOREVER) as items:
+            async for item in items:
+                if peer.ready.done():
+                    raise LinkLost(f"{address} tied itself twice")
+                offer = item.offers[0] if item.offers else LaneOffer("shm", item.pool_path)
+                left = lanes[lanes.index(offer.kind) + 1 :] if offer.kind in lanes else ()
+                try:
+                    peer.ready.set_result(await self._open(peer, address, epoch, item, offer))
+                except (OSError, WireBroken):
+                    if not left:
+                        raise
+                    return left
+        return ()
+
+    async def _open(self, peer: Peer, address: Address, epoch: str, tied: Tied, offer: LaneOffer) -> Lane:
+        manager, layout = self._manager, self._manager.config.layout
+        if offer.kind in MAPPED:
+            pace = manager.pace(address.actor)
+            return await open_lane(tied.pool_path, manager.node.exchange, epoch=epoch, layout=layout, pace=pace)
+        if tied.layout is None or not tied.layout.can_exchange_with(layout):
+            raise WrongPool(f"{address} has a pool of another layout")
+        keeper = asyncio.current_task()
+        assert keeper is not None
+
+        async def announce(pages: PageWrite, piece: Piece) -> None:
+            # Without a deadline: the pages are on their way, whoever has stopped waiting for them.
+            await peer.ref.ask(_taking(pages, piece), timeout=FOREVER)
+
+        return await open_wire_lane(offer, manager.wires, announce, layout=tied.layout, on_break=keeper.cancel)
+
+
+def _taking(pages: PageWrite, piece: Piece) -> TakePages:
+    return TakePages(
+        pages.reservation_id,
+        pages.epoch,
+        pages.write_id,
+        piece.token_begin,
+        piece.token_end,
+        piece.layers.start,
+        piece.layers.stop,
+        piece.tag,
+        piece.num_bytes,
+        piece.dtype,
+    )
 
 
 def _key(address: Address, epoch: str) -> tuple[str, str, str]:

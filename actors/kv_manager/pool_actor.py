@@ -1,18 +1,25 @@
 """What the parts of a KV manager share: its pool, the books of it, and who waits for blocks."""
 
 import asyncio
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import CloseWrite, Done, OpenWrite, WriteOpened
 from callboard.kv.block_manager import BlockManager, Loan
-from callboard.kv.lanes import Pace, SimulatedPace
+from callboard.kv.digests import Digests
+from callboard.kv.lanes import Lane, Pace, SimulatedPace, Wires, open_own_lane
 from callboard.kv.layout import KvLayout, StaleReservation
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import slot_runs
+from callboard.kv.tiers import TierSpec
 
 from .queue import BlockQueue
+
+if TYPE_CHECKING:
+    from .warming import Warming
 
 
 class PoolActor(Actor):
@@ -28,12 +35,25 @@ class PoolActor(Actor):
         lease_s: float = 10.0
         pool_fd: int | None = None
         socket_dir: str | None = None
+        transport: str = "auto"
+        """The kind of lane that pages go and come by; "auto" is the best one that both managers have."""
+        wire_dtype: str = ""
+        """What pages are packed as on their way here, where they are packed (kv/packing.py); "" as the pool has them."""
+        verify: bool = False
+        """Whether pages that arrive are held against their senders' digests."""
+        tiers: tuple[TierSpec, ...] = ()
+        """Where evicted blocks go, at most one of each kind."""
+        fingerprint: str = ""
+        """Of the model whose KV it is (model_config.py): the tiers keep that of different ones apart."""
 
     store: PageStore
     epoch: str
     pool_path: str
     blocks: BlockManager
+    wires: Wires
+    """Where pages go that cannot be mapped."""
     queue: BlockQueue
+    warming: "Warming"
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -45,6 +65,24 @@ class PoolActor(Actor):
     def pace(self, to: str) -> Pace:
         """Return how pages are copied from here into a KV manager's pool."""
         return SimulatedPace(self.node.rng) if self.node.clock.is_virtual else Pace()
+
+    @cached_property
+    def own_lane(self) -> Lane:
+        """The lane inside this manager's own pool, for what cannot change hands by the block."""
+        return open_own_lane(self.store, self.pace(self.name))
+
+    async def verify(self, message: CloseWrite) -> None:
+        """Hold the pages of a write that is over against their digests. Raises CorruptPages."""
+        try:
+            held = self.blocks.reservations.get(message.reservation_id)
+            write = held.reservation.writes[message.write_id]
+        except (StaleReservation, KeyError):
+            return  # It has been closed already.
+        layout = self.config.layout
+        runs = slot_runs(held.block_table, write.begin, write.end, layout.block_size)
+        digests = Digests(layout, write.begin, write.end)
+        await digests.add_pages(self.store, runs, write.begin, range(layout.num_layers))
+        digests.require(message.digests, message.reservation_id)
 
     def end_loan(self, loan: Loan) -> None:
         """Give a loan back to the pool."""
@@ -73,7 +111,7 @@ class PoolActor(Actor):
         )
         held = self.blocks.reservations.get(message.reservation_id)
         slots = slot_runs(held.block_table, message.begin, message.end, self.config.layout.block_size)
-        return WriteOpened(self.pool_path, self.config.num_blocks, slots)
+        return WriteOpened(self.pool_path, self.config.num_blocks, slots, self.config.verify)
 
     def close_write(self, message: CloseWrite) -> Done:
         """Hear that a writer will never touch its slots again. A repeat does nothing. Raises StaleReservation."""

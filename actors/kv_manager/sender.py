@@ -5,8 +5,11 @@ the end, whatever fails in between: the receiver hears that the write is over, a
 an engine may still write into it.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+import msgspec
 
 from callboard.actors.protocol import (
     Abort,
@@ -14,11 +17,9 @@ from callboard.actors.protocol import (
     ComputeKv,
     KvAddr,
     KvComputed,
-    LayersDone,
     OpenWrite,
     RemoteSend,
     Sent,
-    WriteOpened,
 )
 from callboard.bus import (
     FOREVER,
@@ -35,88 +36,28 @@ from callboard.bus import (
 )
 from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
-from callboard.kv.lanes import Lane, LaneClosed, MappedLane, PageWrite
-from callboard.kv.layout import BadRange, SlotRun, StaleReservation
-from callboard.kv.slots import cut_runs, num_slots, resolve_range, slot_runs
+from callboard.kv.layout import BadRange, StaleReservation
+from callboard.kv.slots import num_slots, resolve_range
 from callboard.kv.tokens import num_tokens, pack_tokens
 
 from .attachments import Attachments
 from .peers import Peers
 from .pool_actor import PoolActor
 from .queue import Priority
+from .transfer import OpenedWrite, Transfer
 from .writers import SELF
 
 RETRY_S = 0.2
+MOST_ANSWERS = 1000
+"""Of sends that are over, kept for those who ask again."""
+CLOSING_S = 1.0
+"""How long a repeated send waits until the receiver has heard that the first one is over."""
 GIVE_UP_S = 600.0
 """How long a receiver that cannot be reached is told that a write is over. If it lives, it sees our tie end."""
 
 
-class OpenedWrite:
-    """Leave to write ``slots``, those of ``[begin, end)``, and the lane to do it over."""
-
-    def __init__(self, opening: OpenWrite, opened: WriteOpened, lane: Lane) -> None:
-        self.opening = opening
-        self.opened = opened
-        self.lane = lane
-        self.begin = opening.begin
-        self.end = opening.end
-
-    def pages(self, begin: int, end: int, layers: range, source: tuple[SlotRun, ...]) -> PageWrite:
-        """Return what is to be written of the tokens ``[begin, end)``."""
-        opening = self.opening
-        target = cut_runs(self.opened.slots, begin - self.begin, end - self.begin)
-        return PageWrite(opening.reservation_id, opening.epoch, opening.write_id, begin, end, layers, source, target)
-
-
-class Transfer:
-    """The pages of a write on their way from a loan into a reservation."""
-
-    def __init__(self, manager: PoolActor, kv: KvAddr, write: OpenedWrite, loan: Loan) -> None:
-        self.num_bytes = 0
-        self._num_sent = 0
-        self.seconds = 0.0
-        self._manager = manager
-        self._kv = kv
-        self._write = write
-        self._loan = loan
-        self._begin = write.begin
-        self._end = write.end
-
-    async def send(self, begin: int, end: int, layers: range) -> None:
-        """Send what of ``[begin, end)`` is wanted, for these layers. Returns when it is in place."""
-        begin, end = max(begin, self._begin), min(end, self._end)
-        if begin >= end:
-            return
-        clock = self._manager.node.clock
-        started = clock.now()
-        source = slot_runs(self._loan.block_table, begin, end, self._manager.config.layout.block_size)
-        try:
-            num_bytes = await self._write.lane.write(self._manager.store, self._write.pages(begin, end, layers, source))
-        except LaneClosed:
-            raise LinkLost(f"the tie to {self._kv.manager} broke before all pages were sent") from None
-        self._num_sent += (end - begin) * len(layers)
-        self.num_bytes += num_bytes
-        self._manager.num_bytes_sent += num_bytes
-        ended = clock.now()
-        self.seconds += ended - started
-        self._manager.node.note(
-            current_call(),
-            "send",
-            started,
-            end=ended,
-            num_bytes=num_bytes,
-            lane=self._write.lane.name,
-            to=self._kv.manager.actor,
-            layer_begin=layers.start,
-            layer_end=layers.stop,
-            token_begin=begin,
-            token_end=end,
-        )
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every layer of every token has been sent."""
-        return self._num_sent >= (self._end - self._begin) * self._kv.layout.num_layers
+Repeated = tuple[str, int, str, str, str, int, int]
+"""What makes two RemoteSends the same: request, attempt, engine, epoch, reservation and range."""
 
 
 class Sender:
@@ -128,6 +69,10 @@ class Sender:
         self._manager = manager
         self._engines = engines
         self._peers = Peers(manager)
+        self._under_way: dict[Repeated, asyncio.Future[Sent]] = {}
+        self._answers: dict[Repeated, Sent] = {}
+        self._closing: dict[asyncio.Future[None], str] = {}
+        """Writes that the receiver has not yet heard the end of, with their reservation."""
 
     def lanes(self) -> dict[str, str]:
         """Return the lanes to other managers that stand, by name."""
@@ -136,7 +81,6 @@ class Sender:
     async def send(self, message: RemoteSend) -> Sent:
         """See RemoteSend. Raises StaleReservation, BadRange, OutOfBlocks, UnknownActor, and as the engine does."""
         manager, kv = self._manager, message.kv
-        begin_s = manager.node.clock.now()
         begin, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
         if begin >= end:
             return Sent(0, "", 0, 0, 0.0, 0.0, 0.0, 0.0)
@@ -144,6 +88,25 @@ class Sender:
             raise StaleReservation(reservation_id=kv.reservation_id, reason="its pool holds the KV of another model")
         if not kv.begin <= begin < end <= kv.end:
             raise BadRange(begin=begin, end=end, num_tokens=kv.end, reason="it is not inside the reservation")
+        key = (message.request_id, message.attempt, message.engine, kv.epoch, kv.reservation_id, begin, end)
+        while (first := self._under_way.get(key)) is not None:
+            # Asked again. If the first is given up, or fails for reasons of its own, it is this one's turn.
+            await asyncio.wait((first,))
+        if (answer := self._answers.get(key)) is not None:
+            return answer
+        done = self._under_way[key] = asyncio.get_running_loop().create_future()
+        try:
+            answer = self._answers[key] = await self._send(message, begin, end)
+        finally:
+            del self._under_way[key]
+            done.cancel()
+        if len(self._answers) > MOST_ANSWERS:
+            del self._answers[next(iter(self._answers))]
+        return answer
+
+    async def _send(self, message: RemoteSend, begin: int, end: int) -> Sent:
+        manager, kv = self._manager, message.kv
+        begin_s = manager.node.clock.now()
         async with self._write(kv, begin, end, begin_s) as write:
             # Before an engine computes: a refusal after that would be taken for the engine's, that it writes nothing.
             slots = write.opened.slots
@@ -156,8 +119,12 @@ class Sender:
                 manager.end_loan,
                 message.wait_s,
             )
-            transfer = Transfer(manager, kv, write, loan)
-            return await self._fill(message, transfer, loan, begin, end, write.lane.name)
+            try:
+                loan = await manager.warming.fill_loan(loan)
+            except BaseException:
+                manager.end_loan(loan)
+                raise
+            return await self._fill(write, Transfer(manager, write, loan), loan)
 
     def _num_blocks(self, kv: KvAddr, end: int) -> int:
         """Return how many blocks of this pool it comes to, those of the reservation included where they are here."""
@@ -168,42 +135,49 @@ class Sender:
         held = blocks.reservations.get(kv.reservation_id)
         return total + len(held.block_table) - blocks.allocator.blocks_for(held.num_cached_tokens)
 
-    async def _fill(
-        self, message: RemoteSend, transfer: Transfer, loan: Loan, begin: int, end: int, lane_name: str
-    ) -> Sent:
-        """Send all of it; the loan is given back when nobody can be writing into it any more."""
-        clock = self._manager.node.clock
+    async def _fill(self, write: OpenedWrite, transfer: Transfer, loan: Loan) -> Sent:
+        """Send all of it; the loan is given back when nobody can be reading it or writing into it any more."""
+        manager, clock = self._manager, self._manager.node.clock
         computed = KvComputed(0, 0.0, 0.0)
         is_still_lent = False
         try:
             if loan.engine is not None:
                 try:
-                    computed = await self._compute(message, transfer, loan)
+                    computed = await self._compute(write, transfer, loan)
                 except Refusal:
                     raise  # The engine says no: it is not writing.
                 except BaseException:
                     is_still_lent = True
                     raise
-                if not self._manager.blocks.has_computed(loan) or not transfer.is_complete:
-                    raise ActorDied(f"engine {loan.engine} left before all of [{begin}, {end}) was sent")
-            tail_started = clock.now()
-            if loan.engine is None:
-                await transfer.send(begin, end, range(message.kv.layout.num_layers))
-            tail_s = clock.now() - tail_started
+                if not manager.blocks.has_computed(loan):
+                    raise ActorDied(f"engine {loan.engine} left before all of [{write.begin}, {write.end}) was sent")
+            tail_s = clock.now()
+            if write.is_here:
+                for begin, end in manager.blocks.graft(loan, write.opening.reservation_id, write.opening.write_id):
+                    transfer.put(begin, end, write.all_layers)
+            elif loan.engine is None:
+                transfer.put(write.begin, write.end, write.all_layers)
+            await transfer.drain()
+            if not write.is_here and not transfer.is_complete:
+                raise ActorDied(f"engine {loan.engine} did not report all of [{write.begin}, {write.end})")
+            ended_s = clock.now()
         finally:
-            if is_still_lent:
-                self._manager.spawn(self._reclaim(loan))
-            else:
-                self._manager.end_loan(loan)
+            try:
+                await transfer.abandon()
+            finally:
+                if is_still_lent:
+                    manager.spawn(self._reclaim(loan))
+                else:
+                    manager.end_loan(loan)
         return Sent(
             transfer.num_bytes,
-            lane_name,
+            write.lane.name,
             computed.num_computed_tokens,
             loan.num_cached_tokens,
             computed.queue_s,
             computed.compute_s,
-            transfer.seconds,
-            tail_s,
+            transfer.send_s,
+            ended_s - tail_s,
         )
 
     # ---- the engine's side ---------------------------------------------------------------------------------------
@@ -212,22 +186,23 @@ class Sender:
         assert loan.engine is not None
         return self._manager.node.ref(self._engines.address(loan.engine))
 
-    async def _compute(self, message: RemoteSend, transfer: Transfer, loan: Loan) -> KvComputed:
-        """Have the engine compute what is not cached, and send each layer as it is done."""
+    async def _compute(self, write: OpenedWrite, transfer: Transfer, loan: Loan) -> KvComputed:
+        """Have the engine compute what is not cached, and let go of each part as it is done."""
         table = pack_tokens(loan.block_table)
         request = ComputeKv(loan.loan_id, loan.tokens, table, loan.num_cached_tokens, loan.attachment)
         computed, call, node = None, current_call(), self._manager.node
         begin_s = _since(call, node)
         async with self._engine(loan).stream(request) as items:
             node.note_turn(call, begin_s, "lend", end=_sent(call))
-            await transfer.send(0, loan.num_cached_tokens, range(message.kv.layout.num_layers))
+            if not write.is_here:
+                transfer.put(0, loan.num_cached_tokens, write.all_layers)
             async for item in items:
-                if isinstance(item, LayersDone):
-                    if not 0 <= item.layer_begin <= item.layer_end <= message.kv.layout.num_layers:
-                        raise ActorDied(f"engine {loan.engine} reports layers that the pool does not have")
-                    await transfer.send(item.token_begin, item.token_end, range(item.layer_begin, item.layer_end))
-                else:
+                if isinstance(item, KvComputed):
                     computed = item
+                elif not 0 <= item.layer_begin <= item.layer_end <= write.layout.num_layers:
+                    raise ActorDied(f"engine {loan.engine} reports layers that the pool does not have")
+                elif not write.is_here:
+                    transfer.put(item.token_begin, item.token_end, range(item.layer_begin, item.layer_end))
         if computed is None:
             raise ActorDied(f"engine {loan.engine} ended without having computed the KV")
         return computed
@@ -251,21 +226,22 @@ class Sender:
     async def _write(self, kv: KvAddr, begin: int, end: int, begin_s: float) -> AsyncIterator[OpenedWrite]:
         """Open the write, give leave and lane, close the write: complete if the body came to its end."""
         manager = self._manager
+        before = [each for each, reservation_id in self._closing.items() if reservation_id == kv.reservation_id]
+        if before:  # Else an attempt would be in the way of the one that repeats it.
+            await asyncio.wait(before, timeout=CLOSING_S)
         write_id = manager.node.new_id()
         opening = OpenWrite(kv.reservation_id, kv.epoch, write_id, begin, end)
+        closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=False)
         if kv.manager == manager.ref.address:
             opened = manager.open_write(opening, writer=SELF)
-            is_complete = False
             try:
-                own = MappedLane("inproc", manager.store, is_owner=False, pace=manager.pace(manager.name))
-                yield OpenedWrite(opening, opened, own)
-                is_complete = True
+                yield OpenedWrite(opening, opened, manager.own_lane, manager.config.layout, manager.name, is_here=True)
+                closing = msgspec.structs.replace(closing, is_complete=True)
             finally:
-                manager.close_write(CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete))
+                manager.close_write(closing)
             return
         peer = await self._peers.enter(kv.manager, kv.epoch)
         call = current_call()
-        closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=False)
         is_closed = False
         try:
             try:
@@ -274,9 +250,11 @@ class Sender:
                 is_closed = True
                 raise
             manager.node.note_turn(call, begin_s, "tie", end=_sent(call))
-            yield OpenedWrite(opening, opened, peer.ready.result())
+            write = OpenedWrite(opening, opened, peer.ready.result(), kv.layout, kv.manager.actor)
+            yield write
             begin_s = _since(call, manager.node)
-            closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=True)
+            digests = b"" if write.digests is None else write.digests.to_bytes()
+            closing = msgspec.structs.replace(closing, is_complete=True, digests=digests)
             try:
                 await peer.ref.ask(closing)
             except Refusal:
@@ -286,7 +264,8 @@ class Sender:
             is_closed = True
         finally:
             if not is_closed:
-                manager.spawn(self._close(kv.manager, closing))
+                self._closing[task := manager.spawn(self._close(kv.manager, closing))] = kv.reservation_id
+                task.add_done_callback(self._closing.pop)
 
     async def _close(self, to: Address, closing: CloseWrite) -> None:
         """Tell the receiver that a write is over, until it knows or is dead."""

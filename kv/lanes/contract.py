@@ -33,6 +33,8 @@ class Lane(Protocol):
     """A way into one peer's pool, opened once for a (manager, epoch). ``name`` is shown to people."""
 
     name: str
+    wire_dtype: str
+    """What KV is converted to on its way, if not straight to the peer's dtype; else empty."""
 
     async def write(self, store: PageStore, pages: PageWrite) -> int:
         """Write pages of ``store`` into the peer's pool; return the bytes moved, once all of them are in place.

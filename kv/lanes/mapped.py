@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from callboard.kv.layout import SlotRun
+from callboard.kv.packing import convert
 from callboard.kv.page_store import PageStore, copy_slots
 from callboard.kv.slots import pair_runs
 
@@ -11,7 +12,9 @@ from .pace import Pace
 
 
 class MappedLane:
-    """Copies slots into ``target``, which it closes with itself if it is the owner."""
+    """Copies slots into ``target``, which it closes with itself if it is the owner; converts where dtypes differ."""
+
+    wire_dtype = ""
 
     def __init__(self, name: str, target: PageStore, *, is_owner: bool, pace: Pace | None = None) -> None:
         self.name = name
@@ -24,9 +27,9 @@ class MappedLane:
         # On the loop, in pieces: a thread would hold the interpreter's lock just as long, and could not be stopped.
         num_bytes = 0
         copies = pair_runs(pages.source, pages.target)
-        pieces = copy_slots(
-            store, self._target, copies, pages.layers, piece_bytes=self._pace.piece_bytes(self._target.layout)
-        )
+        move = copy_slots if store.layout.dtype == self._target.layout.dtype else convert
+        piece_bytes = self._pace.piece_bytes(self._target.layout)
+        pieces = move(store, self._target, copies, pages.layers, piece_bytes=piece_bytes)
 
         def copy() -> int:
             if self._is_closed or self._target.is_closed:

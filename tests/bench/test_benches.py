@@ -9,9 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from callboard.kv.cuda_driver import CudaError, cuda_driver
+
 BENCH = Path(__file__).parent.parent.parent / "bench"
 FILES = sorted(path.name for path in BENCH.glob("[a-z]*.py"))
 SHORT = ("--rounds", "1", "--seconds", "0.05")
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(cuda_driver().gpus())
+    except CudaError:
+        return False
 
 
 def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -39,6 +48,19 @@ def test_the_bus_is_measured_against_raw_zeromq(tmp_path: Path) -> None:
     assert len(result["goals"]) == 7
     # No goal of speed is held on a shared machine; that the limit is one is.
     assert rows["limit"]["events/s free"] > rows["floor"]["events/s free"]
+
+
+def test_page_kernels_are_checked_and_measured_against_a_copy(tmp_path: Path) -> None:
+    run(BENCH / "kernels.py", "--device", "cpu", "--blocks", "1", "--rounds", "1", "--json", tmp_path / "kernels.json")
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert [row["MiB moved"] for row in result["rows"]] == [4, 8, 6, 4, 3]
+    assert all(row[name] > 0 for row in result["rows"] for name in ("copy GB/s", "pack GB/s", "unpack GB/s"))
+    assert len(result["goals"]) == 2
+
+
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+def test_without_a_gpu_page_kernels_are_not_measured_and_that_is_said() -> None:
+    assert "there is no CUDA device here" in run(BENCH / "kernels.py", "--quick").stderr
 
 
 def test_a_peer_that_is_not_installed_is_said_and_left_out(tmp_path: Path) -> None:

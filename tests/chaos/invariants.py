@@ -19,6 +19,9 @@ def broken_now(world: World) -> Iterator[str]:
             managers[machine.name] = manager
             for problem in manager.blocks.check_integrity():
                 yield f"leaked: {machine.name}: {problem}"
+            if manager.tiers.host is not None:
+                for problem in manager.tiers.host.index.check_integrity():
+                    yield f"leaked: the tier of {machine.name}: {problem}"
     for machine, engine in world.up(Engine):
         if machine.is_ready.is_set() and engine.attachment.is_attached:
             try:

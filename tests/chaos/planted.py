@@ -4,9 +4,9 @@ Each is a small change of one decision, such as somebody might make, at the deep
 where two lines of defence overlap, it takes out both, and says so.
 """
 
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from callboard.actors.kv_manager.pool_actor import PoolActor
 from callboard.actors.protocol import Done, Generate, Release, Token
 from callboard.kv.reservation import Reservation, State
 from callboard.kv.reservation_table import Held, Key, ReservationTable
+from callboard.kv.tiers import BlockName, Chain
 from callboard.kv.tokens import TOKEN_BYTES
 from callboard.router.actor import RouterActor
 from callboard.router.attempt import GONE
@@ -71,17 +72,16 @@ def a_lost_abort() -> Iterator[None]:
 def a_stale_epoch_accepted() -> Iterator[None]:
     """A KV manager takes what was meant for the one before its restart.
 
-    Reservations have random ids besides, so that a stale one is unknown whatever its epoch says: here they are named
-    after what was asked for, and counted, so that only the epoch tells those of two starts apart.
+    Reservations have random ids besides, so that a stale one is unknown whatever its epoch says: here they are
+    counted, so that only the epoch tells those of two starts apart.
     """
     reserve = ReservationTable.reserve
-    counts: WeakKeyDictionary[ReservationTable, Counter[Key]] = WeakKeyDictionary()
+    counts: WeakKeyDictionary[ReservationTable, int] = WeakKeyDictionary()
 
     def reserve_named(self: ReservationTable, key: Key, *args: Any, **options: Any) -> Held:
         def name() -> str:
-            made = counts.setdefault(self, Counter())
-            made[key] += 1
-            return f"{key} {made[key]}"
+            counts[self] = counts.get(self, 0) + 1
+            return str(counts[self])
 
         self._new_id = name
         return reserve(self, key, *args, **options)
@@ -123,6 +123,18 @@ def a_retry_that_repeats_tokens() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def a_tier_that_forgets_the_prefix() -> Iterator[None]:
+    """A tier knows a block by the tokens in it, and not by those before them."""
+    child = Chain.child
+
+    def child_of_nobody(self: Chain, parent: bytes, tokens: bytes) -> BlockName:
+        return replace(child(self, self.root, tokens), parent=parent)
+
+    with patch.object(Chain, "child", child_of_nobody):
+        yield
+
+
 PLANTED: dict[str, Planted] = {
     plant.__name__: plant
     for plant in (
@@ -131,5 +143,6 @@ PLANTED: dict[str, Planted] = {
         a_lost_abort,
         a_stale_epoch_accepted,
         a_retry_that_repeats_tokens,
+        a_tier_that_forgets_the_prefix,
     )
 }

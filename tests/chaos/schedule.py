@@ -1,6 +1,6 @@
 """All that a seed decides, drawn before anything runs: the fleet, its load, and the faults. Print it to see a seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -124,6 +124,8 @@ class Schedule:
     """Nodes can watch each other's processes: a death is proven."""
     requests: tuple[Asking, ...]
     faults: tuple[Fault, ...]
+    num_host_blocks: int = 0
+    """Room for evicted blocks in each manager's memory; 0: they are lost."""
 
     @property
     def managers(self) -> dict[str, str]:
@@ -133,7 +135,8 @@ class Schedule:
     def __str__(self) -> str:
         lines = [
             f"seed {self.seed}: engines {' '.join(self.engines)}{' on one device' if self.is_shared else ''}, "
-            f"script {Path(self.script).stem}, {self.num_blocks} blocks, leases of {self.lease_s:g} s",
+            f"script {Path(self.script).stem}, {self.num_blocks} blocks, room for {self.num_host_blocks} more outside, "
+            f"leases of {self.lease_s:g} s",
             f"  engine: {', '.join(f'{key}={value}' for key, value in self.engine.items() if key != 'simulated')}",
             f"  {self.engine['simulated']}",
             f"  {self.weather}, {'one host' if self.is_one_host else 'a host each'}, {self.links}",
@@ -185,7 +188,25 @@ def draw(seed: int) -> Schedule:
     )
     num_faults = rng.choice([0, 1, 1, 2, 2, 3, 4, 6])
     faults = tuple(_fault(rng, schedule) for _ in range(num_faults))
-    return Schedule(**{**schedule.__dict__, "faults": faults})
+    return _with_a_tier(replace(schedule, faults=faults))
+
+
+def _with_a_tier(schedule: Schedule) -> Schedule:
+    """Give some fleets memory for evicted blocks, and pools and prompts with which some are evicted, and come back.
+
+    It is drawn apart: what other seeds stand for does not depend on it.
+    """
+    rng = Random(f"tiers/{schedule.seed}")
+    if rng.random() < 0.6:
+        return schedule
+    prompts = [(rng.randrange(4), *range(10, rng.randrange(18, 70))) for _ in schedule.requests]
+    requests = [replace(each, prompt=prompt) for each, prompt in zip(schedule.requests, prompts, strict=True)]
+    return replace(
+        schedule,
+        num_blocks=32 if schedule.engine["block_size"] == 4 else 20,
+        num_host_blocks=rng.choice([5, 20, 60]),
+        requests=tuple(requests),
+    )
 
 
 def _request(rng: Random, number: int, block_size: int) -> Asking:

@@ -46,9 +46,14 @@ SEARCHES = {
     "kv_readable_before_it_arrived": Search(WRONG_TOKEN),
     "a_lost_abort": Search(f"sequences of nobody|{WRITTEN_WHILE_FREE}|knows nothing of that", first=15),
     "a_stale_epoch_accepted": Search(
-        f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=700, is_worth_it=restarts_a_manager_of_reservations_that_are_out
+        f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}|is not inside the reservation",
+        first=900,
+        is_worth_it=restarts_a_manager_of_reservations_that_are_out,
     ),
     "a_retry_that_repeats_tokens": Search(r"request \w+: token \d+ came again"),
+    "a_tier_that_forgets_the_prefix": Search(
+        WRONG_TOKEN, first=22, is_worth_it=lambda schedule: schedule.num_host_blocks > 0
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from callboard.bus import Address, Node, Ref, VirtualClock
 from callboard.bus.taps import RECEIVED, SENT, WHAT, Row, TapRecord
 from callboard.bus.testing import SimulatedProcess
 from callboard.bus.transports.sim import SimHub, SimTransport
+from callboard.kv.tiers import TierSpec
 from callboard.router.actor import RouterActor
 
 from .schedule import CLIENTS, ROLES, Schedule
@@ -137,9 +138,14 @@ class Machine:
             self._ended.set_result(how)
             self.process.kill()
 
-    def _report(self, state: str, detail: str = "") -> None:
+    def _report(self, state: str, detail: str = "", *, node: str = "", incarnation: str = "") -> None:
         if state == "ready":
             self.is_ready.set()
+        elif state == "kill":
+            machine = self.world.machines[node]
+            if machine.node is not None and machine.node.incarnation == incarnation:
+                self.world.note(f"{self.name} has {node} killed: {detail}")
+                self.world.hub.at(asyncio.get_running_loop().time(), machine.kill)
 
     def _make_node(self, name: str, **options: Any) -> Node:
         world = self.world
@@ -188,7 +194,9 @@ class World:
         layout = SimulatedRunner(schedule.engine["simulated"], block_size=schedule.engine["block_size"]).layout
         self._add("control", "control", {"directory": Directory, "main": self._router})
         for name in sorted(set(schedule.managers.values())):
-            config = KvManager.Config(name, layout, schedule.num_blocks, lease_s=schedule.lease_s)
+            tiers = (TierSpec("host", schedule.num_host_blocks * layout.block_bytes),)
+            tiers = tiers if schedule.num_host_blocks else ()
+            config = KvManager.Config(name, layout, schedule.num_blocks, lease_s=schedule.lease_s, tiers=tiers)
             self._add(name, "kv_manager", {name: lambda config=config: KvManager(config)})
         for name, manager in schedule.managers.items():
             engine = Engine.Config(

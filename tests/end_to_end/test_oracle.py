@@ -5,18 +5,26 @@ the oracle (tests/oracle.py).
 """
 
 from collections.abc import Callable
+from functools import cache
 from random import Random
 
 import pytest
 from fleet import at_once, running_fleet
 from oracle import assert_tokens_pass_oracle
-from tiny_models import NAMES, generate_tokens, random_prompt
+from tiny_models import NAMES, generate_tokens, random_prompt, tiny_model
 
 from callboard.actors.protocol import SamplingParams
 
 NUM_NEW = 12
 LENGTHS = (1, 5, 16, 17, 40, 64)
 GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
+
+
+@cache
+def expected_tokens(name: str, length: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return a prompt, and what transformers makes of it: the same for every path."""
+    prompt = random_prompt(length, seed=seed)
+    return prompt, generate_tokens(tiny_model(name), prompt, NUM_NEW)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,13 +40,12 @@ GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
     ],
 )
 async def test_single_requests_equal_generate(name: str, script: str, ratio: float | None, tiny: Callable) -> None:
-    path, layout, model = tiny(name)
+    path, layout, _ = tiny(name)
     engines = ("e",) if script == "round_robin" else ("p", "d")
     options = {} if ratio is None else {"ratio": ratio}
     async with running_fleet(layout=layout, model=path, engines=engines, script=script, options=options) as fleet:
         for i, length in enumerate(LENGTHS):
-            prompt = random_prompt(length, seed=i)
-            expected = generate_tokens(model, prompt, NUM_NEW)
+            prompt, expected = expected_tokens(name, length, i)
             got = await fleet.generate(prompt, GREEDY)
             assert got.tokens == expected, f"{length} tokens"
             assert got.finish_reason == "length"
@@ -109,7 +116,7 @@ async def test_a_pool_too_small_for_all_preempts_and_the_oracle_holds(name: str,
 async def test_an_end_of_sequence_token_ends_the_sequence(tiny: Callable) -> None:
     path, layout, model = tiny("llama3")
     async with running_fleet(layout=layout, model=path) as fleet:
-        for seed in range(400):
+        for seed in (78, *range(400)):  # One that ends, with the versions that are pinned.
             prompt = random_prompt(6, seed=seed)
             expected = generate_tokens(model, prompt, 16, ignore_eos=False)
             if len(expected) < 16:

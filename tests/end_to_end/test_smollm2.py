@@ -13,7 +13,8 @@ from callboard.actors.model_config import layout_of, read_model_config
 from callboard.actors.protocol import SamplingParams
 
 pytestmark = pytest.mark.smollm2
-NUM_NEW = 8
+SCRIPTS = ("round_robin", "disaggregate", "balanced")
+NUM_NEW = 5
 GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
 TEXTS = (
     "The capital of France is",
@@ -58,7 +59,6 @@ async def test_twenty_prompts_equal_generate(
     script: str,
     options: dict[str, float],
     smollm2_path: Path,
-    smollm2: PreTrainedModel,
     prompts: list[list[int]],
     expected: list[list[int]],
 ) -> None:
@@ -73,10 +73,6 @@ async def test_twenty_prompts_equal_generate(
         assert again.tokens == expected[-1]
         assert again.usage is not None
         assert again.usage.num_cached_tokens > 0
-        sampled = SamplingParams(max_tokens=NUM_NEW, temperature=0.8, top_p=0.95, seed=3, ignore_eos=True)
-        mixed = [(prompt, sampled if i % 2 else GREEDY) for i, prompt in enumerate(prompts[:16])]
-        for (prompt, sampling), got in zip(mixed, await at_once(fleet.generate, mixed), strict=True):
-            assert_tokens_pass_oracle(smollm2, prompt, got.tokens, sampling)
         await fleet.assert_nothing_leaks()
 
 
@@ -99,20 +95,27 @@ async def test_a_shared_thousand_tokens_is_computed_once(
         assert_tokens_pass_oracle(smollm2, second, two.tokens, GREEDY)
 
 
-@pytest.mark.parametrize(("script", "engines"), [("round_robin", ("e",)), ("balanced", ("p", "d"))])
-@pytest.mark.parametrize(("num_requests", "num_blocks"), [(16, 96), (6, 6)], ids=["small budget", "small pool"])
+@pytest.mark.parametrize(
+    ("script", "num_requests", "num_blocks", "max_tokens"),
+    [
+        *(pytest.param(script, 16, 96, 8, id=f"small budget, {script}") for script in SCRIPTS),
+        *(pytest.param(script, 6, 6, 14, id=f"small pool, {script}") for script in ("round_robin", "balanced")),
+    ],
+)
 async def test_a_small_budget_or_a_small_pool_passes_the_oracle(
     script: str,
-    engines: tuple[str, ...],
     num_requests: int,
     num_blocks: int,
+    max_tokens: int,
     smollm2_path: Path,
     smollm2: PreTrainedModel,
     prompts: list[list[int]],
 ) -> None:
     layout = layout_of(read_model_config(smollm2_path))
-    sampling = SamplingParams(max_tokens=14, ignore_eos=True)
-    work = [(prompt, sampling) for prompt in prompts[-num_requests:]]
+    engines = ("e",) if script == "round_robin" else ("p", "d")
+    greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    sampled = SamplingParams(max_tokens=max_tokens, temperature=0.8, top_p=0.95, seed=3, ignore_eos=True)
+    work = [(prompt, sampled if i % 2 else greedy) for i, prompt in enumerate(prompts[-num_requests:])]
     async with running_fleet(
         layout=layout,
         model=smollm2_path,
@@ -122,8 +125,8 @@ async def test_a_small_budget_or_a_small_pool_passes_the_oracle(
         max_num_batched_tokens=max(len(prompt) for prompt, _ in work) - 1,
     ) as fleet:
         results = await at_once(fleet.generate, work)
-        for (prompt, _), got in zip(work, results, strict=True):
-            assert len(got.tokens) == sampling.max_tokens
+        for (prompt, sampling), got in zip(work, results, strict=True):
+            assert len(got.tokens) == max_tokens
             assert_tokens_pass_oracle(smollm2, prompt, got.tokens, sampling)
         num_preemptions = sum(got.usage.num_preemptions for got in results if got.usage)
         assert (num_preemptions > 0) == (num_requests == 6)

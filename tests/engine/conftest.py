@@ -48,7 +48,7 @@ class LocalPool:
 class LocalEngine:
     """Runs requests to their end, and checks integrity after every step."""
 
-    def __init__(self, runner, *, num_blocks=64, seed=0, reuse=False, **limits):
+    def __init__(self, runner, *, num_blocks=64, seed=0, reuse=False, memory=None, **limits):
         settings = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_model_len": 512, **limits}
         self.runner = runner
         self.layout = runner.layout
@@ -61,7 +61,8 @@ class LocalEngine:
         self.samples = {}
         self.num_steps = 0
         self.layers_done = []
-        runner.map_pool(memoryview(bytearray(self.layout.block_bytes * num_blocks)), num_blocks)
+        memory = memoryview(bytearray(self.layout.block_bytes * num_blocks)) if memory is None else memory
+        runner.map_pool(memory, num_blocks)
 
     def submit(self, name, prompt, sampling):
         self.waiting.append(Sequence(name, prompt, sampling))

@@ -6,7 +6,6 @@ import sys
 import threading
 from contextlib import asynccontextmanager
 
-import msgspec
 import pytest
 
 from callboard.actors.actor import start_actor, stop_actor
@@ -58,6 +57,12 @@ class Running:
     async def generate(self, prompt, **options):
         async with self.ref.stream(self.request(prompt, **options), timeout=20) as items:
             return [token async for token in items]
+
+    def compute_kv(self, request_id, tokens, table, *, attachment=None):
+        """Have KV computed as its manager does: from its node, and under the engine's attachment."""
+        named = self.engine.attachment.named if attachment is None else attachment
+        message = ComputeKv(request_id, pack_tokens(tokens), pack_tokens(table), 0, named)
+        return self.manager_node.ref(self.ref.address).stream(message, timeout=20)
 
     async def assert_all_free(self):
         stats = await self.manager_ref.ask(GetKvStats(recall=True))
@@ -166,8 +171,7 @@ async def test_requests_cancelled_at_any_moment_leave_nothing_behind():
 
 async def test_kv_is_computed_layer_by_layer_into_a_borrowed_table():
     async with running(max_num_batched_tokens=32) as run:
-        message = ComputeKv("kv-1", pack_tokens(prompt_of(40)), pack_tokens([60, 61, 62]), 0)
-        async with run.ref.stream(message, timeout=5) as items:
+        async with run.compute_kv("kv-1", prompt_of(40), [60, 61, 62]) as items:
             done = [item async for item in items]
         layers = [(0, 1), (1, 2), (2, 3), (3, 4)]
         assert done[:-1] == [LayersDone(*pair, *chunk) for chunk in [(0, 32), (32, 40)] for pair in layers]
@@ -177,13 +181,22 @@ async def test_kv_is_computed_layer_by_layer_into_a_borrowed_table():
 
 async def test_blocks_of_an_earlier_attachment_are_not_written():
     async with running() as run:
-        message = ComputeKv("kv-1", pack_tokens(prompt_of(40)), pack_tokens([60, 61, 62]), 0, "another")
-        with pytest.raises(LinkLost, match="anew"):
+        for attachment in ("another", ""):
+            with pytest.raises(LinkLost, match="anew"):
+                async with run.compute_kv("kv-1", prompt_of(40), [60, 61, 62], attachment=attachment) as items:
+                    await anext(items)
+        async with run.compute_kv("kv-1", prompt_of(40), [60, 61, 62]) as items:
+            assert [item async for item in items]
+
+
+async def test_kv_is_computed_for_nobody_but_the_engines_own_manager():
+    async with running() as run:
+        named = run.engine.attachment.named
+        message = ComputeKv("kv-1", pack_tokens(prompt_of(40)), pack_tokens([60, 61, 62]), 0, named)
+        with pytest.raises(BadRequest, match="only its KV manager"):
             async with run.ref.stream(message, timeout=5) as items:
                 await anext(items)
-        named = msgspec.structs.replace(message, attachment=run.engine.attachment.named)
-        async with run.ref.stream(named, timeout=5) as items:
-            assert [item async for item in items]
+        assert not len(run.engine.scheduler)
 
 
 async def test_a_manager_that_stops_does_not_take_it_that_its_engines_write_no_more():
@@ -198,8 +211,7 @@ async def test_a_manager_that_stops_does_not_take_it_that_its_engines_write_no_m
 
 async def test_an_abort_is_answered_when_nothing_is_written_any_more():
     async with running(simulated=Simulation(seconds_per_step=0.05), max_num_batched_tokens=16) as run:
-        message = ComputeKv("kv-1", pack_tokens(prompt_of(40)), pack_tokens([60, 61, 62]), 0)
-        async with run.ref.stream(message, timeout=5) as items:
+        async with run.compute_kv("kv-1", prompt_of(40), [60, 61, 62]) as items:
             await anext(items)
         await run.ref.ask(Abort("kv-1"))
         assert run.engine._stepped.is_set()
@@ -269,11 +281,13 @@ async def test_half_a_token_and_a_begin_outside_of_the_prompt_are_refused():
             (StartGenerate("a", 0, b"\0\0\0", SamplingParams()), BadRequest),
             (StartGenerate("a", 0, pack_tokens([1, 2]), SamplingParams(), begin=3), BadRange),
             (StartGenerate("a", 0, pack_tokens([1, 2]), SamplingParams(), begin=-3), BadRange),
-            (ComputeKv("a", pack_tokens([1, 2]), b"", 0), BadRequest),
         ]:
             with pytest.raises(error):
                 async with run.ref.stream(message, timeout=5) as items:
                     await anext(items)
+        with pytest.raises(BadRequest, match="do not hold"):
+            async with run.compute_kv("a", [1, 2], []) as items:
+                await anext(items)
 
 
 async def test_no_sequence_is_longer_than_the_pool():
@@ -298,20 +312,6 @@ async def test_an_engine_survives_its_manager():
         await run.assert_all_free()
 
 
-async def test_kv_that_is_being_computed_ends_with_its_manager_and_the_engine_lives():
-    async with running(simulated=Simulation(seconds_per_step=0.05)) as run:
-        computing = ComputeKv("send", pack_tokens(prompt_of(30)), pack_tokens([5, 6]), 0)
-        async with run.ref.stream(computing, timeout=20) as items:
-            await run.until(lambda: len(run.engine.scheduler))
-            await stop_actor(run.manager)
-            with pytest.raises((LinkLost, ActorDied)):
-                await anext(items)
-        await run.start_manager()
-        assert [token.id for token in await run.generate(prompt_of(9), max_tokens=5)] == simulated_tokens(
-            prompt_of(9), 5
-        )
-
-
 class HeldRunner:
     """A runner whose steps stand still in their thread for as long as ``may_run`` is not set."""
 
@@ -327,6 +327,22 @@ class HeldRunner:
         assert self.may_run.wait(20)
         self.is_running = False
         return self.inner.run(step, on_layers)
+
+
+async def test_kv_that_is_being_computed_ends_with_its_manager_and_the_engine_lives():
+    async with running() as run:
+        held = run.engine.runner = HeldRunner(run.engine.runner)
+        async with run.compute_kv("send", prompt_of(30), [5, 6]) as items:
+            await run.until(lambda: held.is_running)
+            await stop_actor(run.manager)
+            await run.until(lambda: not run.engine.attachment.is_attached)
+            held.may_run.set()
+            with pytest.raises((LinkLost, ActorDied)):
+                await anext(items)
+        await run.start_manager()
+        assert [token.id for token in await run.generate(prompt_of(9), max_tokens=5)] == simulated_tokens(
+            prompt_of(9), 5
+        )
 
 
 async def test_a_broken_engine_gives_nothing_back_before_its_step_has_ended():

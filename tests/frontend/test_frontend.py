@@ -151,7 +151,7 @@ async def test_health_says_which_model_has_no_engine(open_door: Any) -> None:
         assert (await door.http.get("/health")).json() == {"status": "ok", "missing": []}
         view = await door.frontend._view.wait_for(lambda view: any(e.kind == "frontend" for e in view.entries))
     [entry] = [entry for entry in view.entries if entry.kind == "frontend"]
-    assert entry.detail == {"url": door.frontend.url}
+    assert entry.detail == {"url": door.frontend.url, "models": "tiny"}
 
 
 async def test_a_taken_port_fails_at_once_with_its_number(open_door: Any, door: Any) -> None:

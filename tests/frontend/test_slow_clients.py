@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import pytest_asyncio
 from real_fleet import RealFleet, real_fleet
 
 from callboard.actors.engine.simulated import Simulation
@@ -26,9 +27,9 @@ ASKED = {"model": "tiny", "prompt": "the quick", "ignore_eos": True}
 SIMULATION = Simulation(vocab_size=320, max_model_len=32_768)
 
 
-@pytest.fixture
-async def fleet(tmp_path: Path, model_dir: Path) -> AsyncIterator[RealFleet]:
-    async with real_fleet(tmp_path) as fleet:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> AsyncIterator[RealFleet]:
+    async with real_fleet(tmp_path_factory.mktemp("slow")) as fleet:
         frontend = {
             "router": msgspec.to_builtins(fleet.address("control", "main")),
             "models": {"tiny": {"path": str(model_dir), "max_model_len": SIMULATION.max_model_len}},
@@ -79,6 +80,7 @@ async def spans_of(fleet: RealFleet, request_id: str) -> list[SubRequest]:
     return list((await router.ask(GetSubRequests(request_id))).items)
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_clients_that_do_not_read_are_cut_off_and_slow_nobody(fleet: RealFleet) -> None:
     url, num_served = await url_of(fleet), 0
 
@@ -113,6 +115,7 @@ async def test_clients_that_do_not_read_are_cut_off_and_slow_nobody(fleet: RealF
             assert span.error == "cancelled"
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_client_that_reads_slowly_gets_everything(fleet: RealFleet) -> None:
     url, found, num_reads = await url_of(fleet), bytearray(), 0
     with send_request(url, "slow", max_tokens=2000) as client:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from callboard.actors.embedded_model import embedded_gguf
+from callboard.actors.embedded_model import embedded_gguf, resolve
 from callboard.actors.frontend.chat_template import ChatTemplate, TemplateRefused
 from callboard.actors.frontend.tokenizer import Tokenizer, TokenizerMissing
+from callboard.tools.running import cache_dir
 
 TEXTS = [
     "Hello, world!",
@@ -34,13 +35,12 @@ RICH_TEMPLATE = """{{ bos_token }}{%- for message in messages %}
 
 
 @pytest.mark.smollm2
-def test_it_equals_transformers_on_the_embedded_model(tmp_path: Path) -> None:
+def test_it_equals_transformers_on_the_embedded_model() -> None:
     from transformers import AutoTokenizer
 
-    gguf = embedded_gguf()
-    theirs = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    theirs.save_pretrained(str(tmp_path))
-    ours = Tokenizer.load(tmp_path, lambda: 0.0)
+    converted = resolve(str(embedded_gguf()), cache_dir(), print)
+    theirs = AutoTokenizer.from_pretrained(converted)
+    ours = Tokenizer.load(converted, lambda: 0.0)
 
     for text in TEXTS:
         ids = theirs(text)["input_ids"]

@@ -203,7 +203,8 @@ class Peer:
                 self._doom(line)
             elif not line.is_left:
                 for frame in frames:
-                    if isinstance(frame, _LAST_FRAMES) and line.sent:
+                    # A Refused is not answered, not even for a greeting.
+                    if isinstance(frame, Refused) or (isinstance(frame, _LAST_FRAMES) and line.sent):
                         self._doom(line, needs_reason=isinstance(frame, (Hello, Welcome)))
                         break
                     self.counts["questions"] += line.owe(frame)

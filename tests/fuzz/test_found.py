@@ -18,7 +18,7 @@ from two_managers import PROMPT, in_virtual_time, prep, send
 
 from callboard.actors.actor import Actor, start_actor, stop_actor
 from callboard.actors.directory import MOST_ENTRY_BYTES, MOST_VIEW_BYTES, Directory
-from callboard.actors.kv_manager.peers import MOST_KNOWN
+from callboard.actors.kv_manager.writers import MOST_KNOWN
 from callboard.actors.protocol import (
     Attach,
     BadRequest,
@@ -301,9 +301,10 @@ async def test_writers_and_engines_that_came_and_went_are_forgotten(fleet: two_m
 def test_a_block_table_that_no_pool_has_is_refused(table: bytes) -> None:
     async def main() -> None:
         async with running_fleet(layout=LAYOUT, clock=VirtualClock()) as fleet:
-            engine = Ref(fleet.client, fleet.actors["d"].ref.address)
-            with pytest.raises(BadRequest):
-                async with engine.stream(ComputeKv("r", pack_tokens(range(16)), table, 0)) as items:
+            engine = Ref(fleet.nodes["kv-d"], fleet.actors["d"].ref.address)
+            message = ComputeKv("r", pack_tokens(range(16)), table, 0, fleet.actors["d"].attachment.named)
+            with pytest.raises(BadRequest, match="block"):
+                async with engine.stream(message) as items:
                     await anext(aiter(items))
             assert len((await fleet.generate(list(range(40)), SamplingParams(max_tokens=3))).tokens) == 3
 

@@ -13,7 +13,7 @@ from callboard.actors.protocol import Done, Unregister
 from callboard.bus import Ask, Message, Stream, Tell
 from callboard.bus.frames import AnyFrame
 
-NOT_SENT_ALONE = {"SubRequest"}
+NOT_SENT_ALONE = {"SubRequest", "TakePages"}  # The fleet that is recorded maps its pools.
 MOST_GROWTH_MIB = 16
 
 

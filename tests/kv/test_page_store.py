@@ -72,3 +72,11 @@ def test_a_long_run_is_copied_in_pieces():
     pieces = list(copy_slots(source, target, [SlotCopy(0, 0, 256)], range(3), piece_bytes=1000))
     assert pieces[:-1] == [1000] * (len(pieces) - 1)
     assert source.view == target.view
+
+
+def test_a_pool_can_be_closed_between_two_pieces_of_a_copy():
+    target = PageStore.create(LAYOUT, 7)
+    pieces = copy_slots(noisy(5, 1), target, [SlotCopy(0, 0, 20)], range(3), piece_bytes=48)
+    assert next(pieces) == 48
+    target.close()
+    assert target.is_closed

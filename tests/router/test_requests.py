@@ -6,7 +6,7 @@ import pytest
 
 from callboard.actors.protocol import BadRequest, Generate, GetSubRequests, SamplingParams, SubRequest
 from callboard.bus import ActorDied, AskTimeout, LinkLost
-from callboard.kv.layout import OutOfBlocks
+from callboard.kv.layout import CorruptPages, OutOfBlocks, StaleReservation
 from callboard.kv.tokens import pack_tokens
 from callboard.router import NoEngine, QueueFull, ScriptError
 from callboard.router.spans import Spans
@@ -138,10 +138,19 @@ async def test_a_request_is_tried_again_elsewhere_when_its_engine_dies_before_th
     assert fleet.is_clean()
 
 
-async def test_a_request_whose_sender_dies_is_sent_by_another(fleet):
+@pytest.mark.parametrize(
+    "error",
+    [
+        LinkLost("the peer is gone"),
+        StaleReservation(reservation_id="r", reason="this KV manager has been restarted since"),
+        CorruptPages(reservation_id="r", num_pages=1, layer=0, block=0),
+    ],
+    ids=["dies", "meets a restarted receiver", "delivers broken pages"],
+)
+async def test_a_request_whose_sender_fails_is_sent_by_another(fleet, error):
     await fleet.add_two()
     await fleet.add_engine("prefill2", "prefill")
-    fleet.managers["kv-prefill"].error = LinkLost("the peer is gone")
+    fleet.managers["kv-prefill"].error = error
     assert await fleet.generate() == [100, 101, 102]
     assert [call[0] for call in fleet.managers["kv-decode"].calls] == ["prep_recv", "release", "prep_recv"]
     assert fleet.managers["kv-prefill2"].calls == [("remote_send", "r", "prefill2", 0, 40)]

@@ -1,5 +1,6 @@
-"""Fixtures: a private place for fleets, and the command line as users run it."""
+"""Fixtures: a private place for fleets, the command line as users run it, and a fleet that many tests look at."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,10 +10,18 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, Self
 
+import my_actors
 import pytest
+from served_fleet import ServedFleet, in_a_thread, rows_of, state_of
+
+from callboard.bus import Ask, BusError
+from callboard.tools.bus_client import ask, list_entries
+from callboard.tools.cli import main
 
 MODEL = {
     "model_type": "llama",
@@ -25,62 +34,7 @@ MODEL = {
     "dtype": "float32",
 }
 
-ACTORS = '''\
-"""A user's actors."""
-import asyncio
-import os
-import time
-
-from callboard.actors.actor import Actor
-from callboard.bus import Ask, Message
-
-
-class Greeted(Message, frozen=True):
-    text: str
-    pid: int
-
-
-class Greet(Ask[Greeted], frozen=True):
-    name: str
-
-
-class Die(Ask[Greeted], frozen=True):
-    pass
-
-
-class Hang(Ask[Greeted], frozen=True):
-    pass
-
-
-class Ping:
-    def __init__(self, greeting="hi"):
-        self.greeting = greeting
-
-    def on_greet(self, message: Greet) -> Greeted:
-        return Greeted(f"{self.greeting} {message.name}", os.getpid())
-
-    def on_die(self, message: Die) -> Greeted:
-        raise RuntimeError("a bug")
-
-    def on_hang(self, message: Hang) -> Greeted:
-        while True:
-            pass
-
-
-class NeverReady(Actor):
-    async def start(self):
-        await asyncio.Event().wait()
-
-
-class Loading(Actor):
-    async def start(self):
-        await self.node.run_blocking(time.sleep, 30)
-
-
-class Refusing(Actor):
-    async def start(self):
-        raise OSError("the moon is not in the right phase")
-'''
+ACTORS = Path(my_actors.__file__)
 
 
 class Place:
@@ -95,7 +49,13 @@ class Place:
         base = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "COV_"))}
         cache = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder / "state")}
         self.env = {**base, **cache, name: value, "XDG_RUNTIME_DIR": str(self.runtime)}
-        (folder / "my_actors.py").write_text(ACTORS)
+        shutil.copy(ACTORS, folder)
+
+    def seen_from(self, folder: Path) -> Self:
+        """Return another folder before the same run directories: files of the one are not the other's."""
+        made = copy.copy(self)
+        made.folder, made.env = folder, dict(self.env)
+        return made
 
     def write(self, text: str, name: str = "fleet.toml") -> Path:
         path = self.folder / name
@@ -119,36 +79,43 @@ class Place:
             command, env=self.env, cwd=self.folder, text=True, capture_output=True, timeout=timeout, check=False
         )
 
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command as ``callboard`` does, but in this process: for the many that end with a sentence at once."""
+        with pytest.MonkeyPatch.context() as patch, TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
+            for name in os.environ.keys() | self.env.keys():
+                patch.delenv(name, raising=False)
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            patch.chdir(self.folder)
+            with redirect_stdout(out), redirect_stderr(errors):
+                try:
+                    code: Any = main(words)
+                except SystemExit as ended:
+                    code = ended.code
+            texts = [(file.flush(), file.seek(0), file.read())[2] for file in (out, errors)]
+        return subprocess.CompletedProcess(words, code, *texts)
+
     def start(self, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", "-m", "callboard.tools.cli", *words]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.env, cwd=self.folder, text=True, stdout=pipe, stderr=pipe)
 
-    def ask(self, message: str) -> subprocess.CompletedProcess[str]:
-        """Ask the actor "ping" of the one running fleet, from a process of its own."""
-        code = f"""
-import my_actors
-from callboard.bus import BusError
-from callboard.tools.bus_client import ask, list_entries
-from callboard.tools.running import find_fleet
-fleet = find_fleet(None)
-[entry] = [entry for entry in list_entries(fleet) if entry.name == "ping"]
-try:
-    answer = ask(fleet, entry.address, my_actors.{message}, timeout=2.0)
-    print(answer.text)
-except BusError as error:
-    print(type(error).__name__)
-"""
-        command = [sys.executable, "-c", code]
-        return subprocess.run(
-            command, env=self.env, cwd=self.folder, text=True, capture_output=True, timeout=20, check=True
-        )
+    def ask(self, message: Ask[my_actors.Greeted], *, timeout: float = 5.0) -> str:
+        """Ask the actor "ping" of the fleet "test"; return its answer, or the name of the error."""
+        fleet = state_of(self)
+
+        def visit() -> str:
+            [entry] = [entry for entry in list_entries(fleet) if entry.name == "ping"]
+            try:
+                return ask(fleet, entry.address, message, timeout=timeout).text
+            except BusError as error:
+                return type(error).__name__
+
+        return in_a_thread(visit)
 
     def row(self, name: str = "ping") -> dict[str, Any]:
-        """What ``ps --json`` says of one actor."""
-        [fleet] = json.loads(self.callboard("ps", "--json").stdout)
-        found: dict[str, Any] = next(row for row in fleet["actors"] if row["name"] == name)
-        return found
+        """What ``ps`` knows of one actor."""
+        return rows_of(self)[name]
 
     def processes(self) -> list[int]:
         """The pids of all processes that carry the mark."""
@@ -167,14 +134,43 @@ except BusError as error:
         return not self.processes() and not list((self.runtime / "callboard").glob("*"))
 
 
-@pytest.fixture
-def place() -> Iterator[Place]:
+@contextmanager
+def new_place() -> Iterator[Place]:
     # Not tmp_path: unix sockets want short paths.
     made = Place(Path(tempfile.mkdtemp(prefix="cbt", dir="/tmp")))
     yield made
     for pid in made.processes():
         os.kill(pid, signal.SIGKILL)
     shutil.rmtree(made.folder)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    with new_place() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def place_of_module() -> Iterator[Place]:
+    with new_place() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def standing() -> Iterator[ServedFleet]:
+    with new_place() as made:
+        yield ServedFleet(made)
+
+
+@pytest.fixture
+def fleet(standing: ServedFleet, tmp_path: Path) -> Iterator[ServedFleet]:
+    """A fleet that stands for all tests which only look at it and ask it, seen from a folder of one's own.
+
+    It remembers what others asked. Who kills, stops or must be alone has a ServedFleet of its own.
+    """
+    before = standing.pids()
+    yield ServedFleet.seen_from(standing, tmp_path)
+    assert standing.pids() == before, "this test has changed the fleet of all"
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_check_prints_every_problem_and_ends_with_2(place: Any) -> None:
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(place: Any, words: list[str], sentence: str) -> None:
-    done = place.callboard(*words)
+    done = place.run(*words)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -9,6 +9,7 @@ import pytest
 from callboard.tools.errors import FleetFileError
 from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import decode_fleet_file, load_fleet_file
+from callboard.tools.gpus import Gpus
 from callboard.tools.toml_lines import TomlLines
 
 GOOD = """\
@@ -47,7 +48,7 @@ BAD = [
     ('name = "decode"', 'name = "decode"\ncount = 0', 10, "count must be at least 1, not 0"),
     ('name = "decode"', 'name = "decode"\nrestart = { polcy = "never" }', 10, 'did you mean "policy"?'),
     ('name = "decode"', 'name = "decode"\nrestart = { backoff = "soon" }', 10, '"soon" is no duration'),
-    ('device = "cpu:1"', 'device = "cuda:0"', 10, "this version runs on CPUs only"),
+    ('device = "cpu:1"', 'device = "cuda:0"', 10, "no GPU can be used here (there are none)"),
     ('device = "cpu:1"', 'device = "gpu"', 10, '"gpu" is no device'),
     (
         'device = "cpu:1"',
@@ -70,8 +71,12 @@ BAD = [
     ("[[router]]", '[defaults.kv]\nsize = "1 gallon"\n[[router]]', 12, '"1 gallon" is no size'),
     ("[[router]]", '[defaults.kv]\nsize = "180%"\n[[router]]', 12, "more than there is"),
     ("[[router]]", '[defaults.kv]\nlease = "0s"\n[[router]]', 12, "lease must be longer than nothing"),
-    ("[[router]]", '[defaults.kv]\ntransport = "ucx"\n[[router]]', 12, 'write transport = "auto"'),
-    ("[[router]]", "[defaults.kv]\nverify = true\n[[router]]", 12, '"verify" in [defaults.kv] is not supported'),
+    ("[[router]]", '[defaults.kv]\ntransport = "inproc"\n[[router]]', 12, 'write transport = "auto"'),
+    ("[[router]]", '[defaults.kv]\nwire = "int8"\n[[router]]', 12, '"auto" or "bfloat16" or "float8_e4m3", not "int8"'),
+    ("[[router]]", '[defaults.kv]\nwire = "bfloat16"\ntransport = "shm"\n[[router]]', 12, "is of use over UCX alone"),
+    ("[[router]]", '[defaults.kv]\nwire = "bfloat16"\n[[engine]]\nname="s"\nrunner="simulated"\n[[router]]', 12, "rounds"),
+    ('name = "decode"', 'name = "decode"\nrunner="simulated"\ndtype="float16"', 10, "computes no numbers: remove dtype"),
+    ("[[router]]", "[defaults.kv]\nverify = 1\n[[router]]", 12, "verify must be true or false, not 1"),
     ("[[router]]", '[listen]\nsilent = "0s"\n[[router]]', 12, "silent must be longer than nothing"),
     ("[[router]]", '[listen]\nsilent = "20ms"\n[[router]]', 12, "silent must be at least half a second"),
     ("[[router]]", "[listen]\nstall = nan\n[[router]]", 12, '"nan" is no duration'),
@@ -94,7 +99,8 @@ BAD = [
 
 
 def check(text: str, place: Any) -> None:
-    check_fleet(decode_fleet_file(text, source="fleet.toml", base=place.folder))
+    file = decode_fleet_file(text, source="fleet.toml", base=place.folder)
+    check_fleet(file, find_gpus=lambda: Gpus(problem="there are none"))
 
 
 @pytest.mark.parametrize(("old", "new", "line", "words"), BAD, ids=[case[1].strip() or case[0] for case in BAD])

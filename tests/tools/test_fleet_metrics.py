@@ -81,8 +81,10 @@ def test_a_scrape_of_a_fleet_says_what_went_through_it_to_the_token(place: Any, 
     assert sum(blocks.values()) == fleet.rows()["kv-cpu1"]["num_blocks"]
 
 
-def test_an_engine_that_restarts_begins_anew_and_everything_else_goes_on(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
+def test_an_engine_that_restarts_begins_anew_and_one_that_is_stopped_is_missing(
+    place: Any, eventually: Eventually
+) -> None:
+    fleet = ServedFleet(place, more='[[actor]]\nname = "ping"\nclass = "my_actors:Ping"\n')
     for _ in range(3):
         assert fleet.complete("x" * 40)[0] == 200
     ended = {"finished_reason": "length", **engine("decode")}
@@ -102,13 +104,11 @@ def test_an_engine_that_restarts_begins_anew_and_everything_else_goes_on(place: 
     assert value(after, started, actor="kv-cpu1") == value(before, started, actor="kv-cpu1")
     assert value(after, "callboard_requests_total", status="200") == 4
 
-
-def test_ready_and_live_are_told_apart_when_an_engine_is_gone(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place, more='[[actor]]\nname = "ping"\nclass = "my_actors:Ping"\n')
+    # An engine that is stopped is missing, too, but nobody restarts it.
     assert fleet.get("/health/ready") == (200, '{"status":"ok","missing":[]}')
     pid = fleet.rows()["decode"]["pid"]
     os.kill(pid, signal.SIGSTOP)  # Its lease lapses, and nobody restarts it.
-    eventually(lambda: fleet.get("/health/ready")[0] == 503)
+    eventually(lambda: fleet.get("/health/ready")[0] == 503, 30.0)
     assert json.loads(fleet.get("/health/ready")[1])["missing"] == ["model tiny has no ready engine for decode"]
     assert fleet.get("/health/live")[0] == 200
     os.kill(pid, signal.SIGCONT)
@@ -120,9 +120,9 @@ def expressions(panel: dict[str, Any]) -> list[str]:
 
 
 def test_every_metric_of_the_dashboard_is_in_a_scrape_and_every_series_of_the_fleet_in_the_dashboard(
-    place: Any, eventually: Eventually
+    fleet: ServedFleet, eventually: Eventually
 ) -> None:
-    fleet = ServedFleet(place)
+    place = fleet.place
     fleet.complete("x")
     eventually(lambda: "callboard_requests_total{" in fleet.get("/metrics")[1])  # Counted after it was answered.
     scraped = fleet.get("/metrics")[1]
@@ -172,11 +172,5 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
 
 @pytest.mark.parametrize("words", [["metrics"], ["top"], ["top", "--json"]])
 def test_without_a_fleet_there_is_one_sentence(place: Any, words: list[str]) -> None:
-    done = place.callboard(*words)
+    done = place.run(*words)
     assert (done.returncode, done.stderr) == (2, 'callboard: no fleet is running: start one with "callboard up"\n')
-
-
-def test_a_fleet_without_a_frontend_has_no_metrics(place: Any) -> None:
-    place.callboard("up", place.actor_fleet(), "--detach")
-    done = place.callboard("metrics")
-    assert (done.returncode, done.stderr) == (2, 'callboard: fleet "test" has no frontend, and so no metrics\n')

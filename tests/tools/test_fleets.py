@@ -3,8 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from my_actors import Die, Greet, Hang
+from served_fleet import state_of
 
 Eventually = Callable[..., None]
 
@@ -12,7 +17,7 @@ Eventually = Callable[..., None]
 def test_a_users_actor_starts_from_a_fleet_file_and_answers(place: Any) -> None:
     done = place.callboard("up", place.actor_fleet(options='{ greeting = "hello" }'), "--detach")
     assert (done.returncode, "Fleet test is up." in done.stdout) == (0, True)
-    assert place.ask('Greet("you")').stdout.strip() == "hello you"
+    assert place.ask(Greet("you")) == "hello you"
     row = place.row()
     assert (row["kind"], row["state"]) == ("actor", "ready")
     assert row["pid"] in place.processes()
@@ -23,30 +28,41 @@ def test_a_users_actor_starts_from_a_fleet_file_and_answers(place: Any) -> None:
     assert place.is_empty()
 
 
-def test_a_crashed_actor_comes_back_and_the_log_says_why(place: Any, eventually: Eventually) -> None:
+def test_a_crashed_actor_and_a_killed_control_process_come_back_and_the_log_says_why(
+    place: Any, eventually: Eventually
+) -> None:
     place.callboard("up", place.actor_fleet(), "--detach")
     before = place.row()["pid"]
-    assert place.ask("Die()").stdout.strip() == "ActorDied"
+    assert place.ask(Die()) == "ActorDied"
     eventually(lambda: place.row()["num_restarts"] == 1 and place.row()["state"] == "ready")
     assert place.row()["pid"] not in (0, before)
-    assert place.ask('Greet("again")').stdout.strip() == "hi again"
+    assert place.ask(Greet("again")) == "hi again"
     assert "RuntimeError: a bug" in place.callboard("logs", "ping").stdout
 
-
-def test_an_actor_that_fails_too_often_is_given_up_and_shown(place: Any, eventually: Eventually) -> None:
-    place.callboard("up", place.actor_fleet(restart='{ backoff = "10ms", max = 0 }'), "--detach")
-    place.ask("Die()")
-    eventually(lambda: place.row()["state"] == "failed")
-    assert "ping: RuntimeError: a bug" in place.row()["detail"]
-    assert json.loads(place.callboard("ps", "--json").stdout)[0]["state"] == "ready"
-
-
-def test_a_killed_control_process_comes_back(place: Any, eventually: Eventually) -> None:
-    place.callboard("up", place.actor_fleet(), "--detach")
     os.kill(place.row("control")["pid"], signal.SIGKILL)
     eventually(lambda: place.row("control")["num_restarts"] == 1)
     eventually(lambda: place.row()["address"] != "")
-    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+    assert place.ask(Greet("you")) == "hi you"
+
+    done = place.run("metrics")
+    assert (done.returncode, done.stderr) == (2, 'callboard: fleet "test" has no frontend, and so no metrics\n')
+    command = f"{sys.executable} -P -m callboard.tools.cli logs | head -n 1"  # A reader that leaves is no error.
+    left = subprocess.run(["bash", "-c", command], env=place.env, capture_output=True, text=True, timeout=20)
+    assert (left.returncode, left.stderr) == (0, "")
+
+
+def test_an_actor_that_fails_too_often_is_given_up_shown_and_its_logs_are_kept(
+    place: Any, eventually: Eventually
+) -> None:
+    place.callboard("up", place.actor_fleet(restart='{ backoff = "10ms", max = 0 }'), "--detach")
+    place.ask(Die())
+    eventually(lambda: place.row()["state"] == "failed")
+    assert "ping: RuntimeError: a bug" in place.row()["detail"]
+    assert json.loads(place.callboard("ps", "--json").stdout)[0]["state"] == "ready"
+    shown = place.callboard("top", "--once", "--interval", "0.2").stdout
+    assert "ping is failed: ping: RuntimeError: a bug" in shown
+    place.callboard("down")
+    assert "RuntimeError: a bug" in place.callboard("logs", "--failed").stdout
 
 
 def test_ctrl_c_stops_a_fleet_in_the_foreground(place: Any) -> None:
@@ -78,17 +94,19 @@ def test_ctrl_c_does_not_wait_for_a_model_that_is_being_read(place: Any, eventua
     assert place.is_empty()
 
 
-def test_killing_the_launcher_leaves_no_process_and_no_run_directory(place: Any, eventually: Eventually) -> None:
+def test_killing_the_launcher_leaves_no_process_and_no_run_directory_and_keeps_the_logs(
+    place: Any, eventually: Eventually
+) -> None:
     place.callboard("up", place.actor_fleet(), "--detach")
-    [fleet] = json.loads(place.callboard("ps", "--json").stdout)
-    os.kill(fleet["launcher_pid"], signal.SIGKILL)
+    os.kill(state_of(place).state.launcher_pid, signal.SIGKILL)
     eventually(place.is_empty)
+    assert "the launcher is gone" in place.callboard("logs", "--failed", "control").stdout
 
 
 def test_killing_the_launcher_ends_even_an_actor_that_hangs(place: Any, eventually: Eventually) -> None:
     up = place.start("up", place.actor_fleet())
     assert any("Fleet test is up." in line for line in up.stdout)
-    place.ask("Hang()")
+    assert place.ask(Hang(), timeout=0.2) == "AskTimeout"
     up.kill()
     up.communicate(timeout=20)
     eventually(place.is_empty)
@@ -103,7 +121,7 @@ def test_what_a_launcher_left_that_was_killed_before_it_had_processes_is_removed
     assert place.is_empty()
 
 
-def test_what_a_killed_fleet_left_is_cleared_by_the_next_one(place: Any) -> None:
+def test_what_a_fleet_left_that_was_killed_as_a_whole_is_cleared_but_for_its_logs(place: Any) -> None:
     fleet = place.actor_fleet()
     place.callboard("up", fleet, "--detach")
     for pid in sorted(place.processes()):
@@ -112,8 +130,9 @@ def test_what_a_killed_fleet_left_is_cleared_by_the_next_one(place: Any) -> None
         os.kill(pid, signal.SIGKILL)
     assert list(place.runtime.glob("callboard/test/*.sock"))
     assert place.callboard("ps").stdout.startswith("No fleet is running")
+    assert "the fleet is up" in place.callboard("logs", "--failed", "launcher").stdout
     assert place.callboard("up", fleet, "--detach").returncode == 0
-    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+    assert place.ask(Greet("you")) == "hi you"
 
 
 def test_a_second_fleet_of_one_name_is_refused_and_one_of_another_name_is_not(place: Any) -> None:
@@ -138,8 +157,8 @@ def test_an_actor_that_cannot_start_fails_the_fleet_with_its_own_sentence(place:
         ("os", "{}"): "ping: os in module my_actors is no class",
         ("Ping", "{ greting = 1 }"): "ping: Ping does not take these options",
     }
-    for (kind, options), sentence in cases.items():
-        for words in ([], ["--detach"]):
+    for number, ((kind, options), sentence) in enumerate(cases.items()):
+        for words in ([], ["--detach"])[: 2 if number == 0 else 1]:
             done = place.callboard("up", place.actor_fleet(kind, options), *words)
             assert (done.returncode, sentence in done.stderr) == (1, True)
             assert done.stderr.count("ping failed") == 1

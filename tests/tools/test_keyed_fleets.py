@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_byte_tokenizer
+from my_actors import Greet
 
 from callboard.bus.keys import KEY_FILE, read_secret
 
@@ -103,7 +104,7 @@ def test_a_fleet_on_tcp_with_keys_serves_and_shows_its_secret_nowhere(place: Any
 def test_whoever_lacks_the_key_is_told_what_to_do(place: Any) -> None:
     place.callboard("keys", "new")
     assert place.callboard("up", actor_fleet(place, LISTEN), "--detach").returncode == 0  # On ipc.
-    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+    assert place.ask(Greet("you")) == "hi you"
 
     (place.folder / "keys").rename(place.folder / "moved")
     ps = place.callboard("ps")
@@ -147,7 +148,7 @@ def test_a_bus_on_loopback_without_keys_is_served_with_a_warning(place: Any) -> 
     up = place.callboard("up", actor_fleet(place, '[listen]\nbus = "tcp://127.0.0.1:*"\n'), "--detach")
     assert up.returncode == 0
     assert "any user of this machine can join the fleet, because its bus has no keys" in up.stderr
-    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+    assert place.ask(Greet("you")) == "hi you"
     place.callboard("keys", "new")
     assert 'fleet "test" runs without keys: leave --keys out' in place.callboard("ps", "--keys", "keys").stderr
 
@@ -168,7 +169,7 @@ def test_a_run_directory_that_was_open_is_closed_before_sockets_lie_in_it(place:
     folder.chmod(0o777)
     assert place.callboard("up", place.actor_fleet(), "--detach").returncode == 0
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert place.ask('Greet("you")').stdout.strip() == "hi you"
+    assert place.ask(Greet("you")) == "hi you"
     (place.runtime / "callboard").chmod(0o755)
     ps = place.callboard("ps")
     assert (ps.returncode, "is not private to you (0700)" in ps.stderr) == (2, True)

@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from my_actors import Die
 from served_fleet import ServedFleet
 
 from callboard.actors import logs as node_logs
@@ -209,7 +208,9 @@ def test_colors_are_for_terminals_alone(tmp_path: Path) -> None:
 # ---- fleets ------------------------------------------------------------------------------------------------------
 
 
-def test_requests_that_are_served_write_no_line(place: Any) -> None:
+def test_requests_that_are_served_write_no_line_and_a_restart_is_in_one_log_by_time(
+    place: Any, eventually: Eventually
+) -> None:
     fleet = ServedFleet(place)
     before = place.callboard("logs").stdout
     for number in range(5):
@@ -223,42 +224,6 @@ def test_requests_that_are_served_write_no_line(place: Any) -> None:
     assert (of_one.returncode, of_one.stdout) == (0, "")
     assert of_one.stderr.startswith("callboard: nobody has logged a line of request quiet-1; requests that are served")
 
-
-def test_a_request_that_fails_is_found_by_its_id_with_its_traceback_in_one_field(place: Any) -> None:
-    place.write(FAILING, "failing.py")
-    fleet = ServedFleet(place, more='[[router]]\nname = "main"\nscript = "failing.py"\n')
-    assert fleet.complete("a secret prompt", request_id="lost-1")[0] == 500
-    fleet.complete("x", request_id="lost-2")
-    [found] = lines_of(place, "--request", "lost-1")
-    assert (found["node"], found["level"], found["actor"], found["request_id"]) == (
-        "control",
-        "error",
-        "main",
-        "lost-1",
-    )
-    assert "RuntimeError: the script is broken" in found["error"]
-    assert "failing.py" in found["event"]
-    text = place.callboard("logs", "--request", "lost-1").stdout
-    assert "[lost-1]" in text
-    assert "\n    RuntimeError: the script is broken" in text
-    assert "secret" not in place.callboard("logs").stdout
-
-
-def test_neither_prompts_nor_keys_get_into_any_log(place: Any) -> None:
-    (place.folder / "keys.txt").write_text("sk-topsecret\n")
-    (place.folder / "keys.txt").chmod(0o600)
-    place.write(FAILING, "failing.py")
-    more = '[[router]]\nname = "main"\nscript = "failing.py"\n[log]\nlevel = "debug"\n'
-    fleet = ServedFleet(place, listen='api_keys = "keys.txt"', more=more)
-    assert fleet.complete("marzipan", key="sk-topsecret")[0] == 500
-    assert fleet.complete("marzipan", key="sk-another")[0] == 401
-    written = b"".join(path.read_bytes() for path in (place.runtime / "callboard/test/logs").iterdir())
-    assert b"the script is broken" in written
-    assert not any(word in written for word in (b"marzipan", b"topsecret", b"sk-another"))
-
-
-def test_the_launcher_and_every_node_are_in_one_log_by_time(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
     os.kill(fleet.rows()["decode"]["pid"], signal.SIGKILL)
     eventually(lambda: fleet.rows().get("decode", {}).get("num_restarts") == 1)
     eventually(lambda: sum(each["event"] == "ready" for each in lines_of(place, "decode")) == 2)
@@ -273,8 +238,36 @@ def test_the_launcher_and_every_node_are_in_one_log_by_time(place: Any, eventual
     assert text.endswith("warning launcher: decode is restarting: it was killed by SIGKILL\n")
 
 
+def test_a_request_that_fails_is_found_by_its_id_and_neither_prompts_nor_keys_get_into_any_log(place: Any) -> None:
+    (place.folder / "keys.txt").write_text("sk-topsecret\n")
+    (place.folder / "keys.txt").chmod(0o600)
+    place.write(FAILING, "failing.py")
+    more = '[[router]]\nname = "main"\nscript = "failing.py"\n[log]\nlevel = "debug"\n'
+    fleet = ServedFleet(place, listen='api_keys = "keys.txt"', more=more)
+    assert fleet.complete("a secret prompt", request_id="lost-1", key="sk-topsecret")[0] == 500
+    fleet.complete("x", request_id="lost-2", key="sk-topsecret")
+    assert fleet.complete("marzipan", key="sk-another")[0] == 401
+    [found] = lines_of(place, "--request", "lost-1", "--level", "error")
+    assert (found["node"], found["level"], found["actor"], found["request_id"]) == (
+        "control",
+        "error",
+        "main",
+        "lost-1",
+    )
+    assert "RuntimeError: the script is broken" in found["error"]
+    assert "failing.py" in found["event"]
+    text = place.callboard("logs", "--request", "lost-1").stdout
+    assert "[lost-1]" in text
+    assert "\n    RuntimeError: the script is broken" in text
+    written = b"".join(path.read_bytes() for path in (place.runtime / "callboard/test/logs").iterdir())
+    assert b"the script is broken" in written
+    assert not any(word in written for word in (b"secret", b"marzipan", b"sk-another"))
+
+
 def test_the_level_of_the_fleet_file_is_that_of_the_logs(place: Any) -> None:
-    ServedFleet(place, more='[log]\nlevel = "error"\n')
+    fleet = Path(place.actor_fleet())
+    place.write(fleet.read_text() + '[log]\nlevel = "error"\n')
+    assert place.callboard("up", str(fleet), "--detach").returncode == 0
     assert lines_of(place) == []
     done = place.callboard("check", str(place.write('[log]\nlevel = "loud"\n', "bad.toml")))
     assert done.returncode == 2
@@ -287,7 +280,7 @@ def test_logs_are_followed_until_the_fleet_ends(place: Any) -> None:
     follow = place.start("logs", "-f")
     assert follow.stdout is not None
     assert " ready" in follow.stdout.readline()  # Of a process, or of the launcher: by time.
-    place.ask("Die()")
+    place.ask(Die())
     text = ""
     while "RuntimeError: a bug" not in text:
         text += follow.stdout.readline()
@@ -325,31 +318,6 @@ def test_a_fleet_that_ends_well_or_never_began_leaves_no_logs(place: Any) -> Non
     assert (done.returncode, done.stderr) == (2, "callboard: no logs are kept: no fleet has failed\n")
 
 
-def test_a_process_that_was_given_up_keeps_its_fleets_logs(place: Any, eventually: Eventually) -> None:
-    place.callboard("up", place.actor_fleet(restart='{ backoff = "10ms", max = 0 }'), "--detach")
-    place.ask("Die()")
-    eventually(lambda: place.row()["state"] == "failed")
-    place.callboard("down")
-    assert "RuntimeError: a bug" in place.callboard("logs", "--failed").stdout
-
-
-def test_a_launcher_that_is_killed_leaves_its_fleets_logs_and_nothing_else(place: Any, eventually: Eventually) -> None:
-    place.callboard("up", place.actor_fleet(), "--detach")
-    os.kill(json.loads(place.callboard("ps", "--json").stdout)[0]["launcher_pid"], signal.SIGKILL)
-    eventually(place.is_empty)
-    assert "the launcher is gone" in place.callboard("logs", "--failed", "control").stdout
-
-
-def test_what_was_killed_as_a_whole_leaves_its_logs_to_whoever_looks_next(place: Any) -> None:
-    place.callboard("up", place.actor_fleet(), "--detach")
-    for pid in sorted(place.processes()):
-        os.kill(pid, signal.SIGSTOP)
-    for pid in sorted(place.processes()):
-        os.kill(pid, signal.SIGKILL)
-    assert place.callboard("ps").stdout.startswith("No fleet is running")
-    assert "the fleet is up" in place.callboard("logs", "--failed", "launcher").stdout
-
-
 def test_kept_logs_are_few_and_each_is_cut_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     logs = tmp_path / "logs"
@@ -374,10 +342,3 @@ def test_kept_logs_are_few_and_each_is_cut_to_its_end(tmp_path: Path, monkeypatc
     assert None not in found
     assert found[-1] is not None
     assert found[-1].event.startswith("499 ")
-
-
-def test_a_reader_that_leaves_is_no_error(place: Any) -> None:
-    place.callboard("up", place.actor_fleet(), "--detach")
-    command = f"{sys.executable} -P -m callboard.tools.cli logs | head -n 1"
-    done = subprocess.run(["bash", "-c", command], env=place.env, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr) == (0, "")

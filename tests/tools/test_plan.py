@@ -94,6 +94,21 @@ def test_engines_of_one_device_share_a_pool_of_whole_blocks(place: Any) -> None:
     assert {node.actors[0].config["manager"][1] for node in engines} == {"ipc:///run/x/kv-cpu0.sock"}
 
 
+def test_engines_of_one_model_may_keep_their_kv_differently(place: Any) -> None:
+    place.model()
+    text = TWO.replace('name = "decode"', 'name = "decode"\ndtype = "bfloat16"\nblock_size = 8')
+    plan = make(text.replace("[[engine]]", 'wire = "float8_e4m3"\n[[engine]]', 1), place)
+    managers = {node.name: node.actors[0].config for node in plan.nodes if node.kind == "kv_manager"}
+    layouts = {name: msgspec.convert(config["layout"], KvLayout) for name, config in managers.items()}
+    kinds = {name: (layout.dtype, layout.block_size) for name, layout in layouts.items()}
+    assert kinds == {"kv-cpu0": ("float32", 16), "kv-cpu1": ("bfloat16", 8)}
+    assert {config["wire_dtype"] for config in managers.values()} == {"float8_e4m3"}
+    engines = [node.actors[0].config for node in plan.nodes if node.kind == "engine"]
+    assert [(config["dtype"], config["block_size"]) for config in engines] == [("float32", 16), ("bfloat16", 8)]
+    with pytest.raises(FleetFileError, match=r'"decode" and "prefill" share the pool of cpu:0.*give one another'):
+        make(text.replace("cpu:1", "cpu:0").replace("block_size = 8", ""), place)
+
+
 def test_models_of_different_layouts_cannot_share_a_device(place: Any) -> None:
     place.model()
     place.model("other", num_hidden_layers=3)
@@ -102,6 +117,20 @@ def test_models_of_different_layouts_cannot_share_a_device(place: Any) -> None:
     text = text.replace('name = "decode"', 'name = "decode"\nmodel = "other"')
     with pytest.raises(FleetFileError, match=r'"decode" and "prefill" share the pool of cpu:0.*give one another'):
         make(text, place)
+
+
+def test_models_of_one_layout_cannot_share_a_device_either(place: Any) -> None:
+    place.model()
+    place.model("twin")
+    text = TWO.replace('device = "cpu:1"', 'device = "cpu:0"\nmodel = "twin"')
+    text = text.replace('name = "prefill"', 'name = "prefill"\nmodel = "tiny"')
+    text = text.replace("[defaults.kv]", '[models.twin]\npath = "twin"\n[defaults.kv]')
+    with pytest.raises(FleetFileError, match=r'"decode" and "prefill" share the pool of cpu:0, but not one model'):
+        make(text, place)
+    apart = make(text.replace('device = "cpu:0"\nmodel = "twin"', 'device = "cpu:1"\nmodel = "twin"'), place)
+    told = [actor.config["fingerprint"] for node in apart.nodes[1:] for actor in node.actors]
+    assert told[:2] == told[2:]
+    assert told[0] != told[1]
 
 
 def test_a_pool_smaller_than_the_context_bounds_requests_with_a_warning(place: Any) -> None:

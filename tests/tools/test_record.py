@@ -23,11 +23,6 @@ from callboard.tools.trace.recording import Noticed, Recording, read_recording
 FULL = '[trace]\nprompts = "full"\n'
 
 
-@pytest.fixture
-def fleet(place: Any) -> ServedFleet:
-    return ServedFleet(place)
-
-
 @contextmanager
 def recorder(fleet: ServedFleet, *words: str, path: str = "a.rec") -> Iterator[subprocess.Popen[str]]:
     """A recorder that follows the fleet; it is waited for at the end."""
@@ -44,9 +39,9 @@ def recorder(fleet: ServedFleet, *words: str, path: str = "a.rec") -> Iterator[s
 
 
 def prompts(num: int, seed: int = 0) -> list[str]:
-    """Some of them begin alike."""
+    """Some of them begin alike, and none as those of another seed."""
     rng = Random(seed)
-    beginnings = ["", "a" * 64, "b" * 160]
+    beginnings = [f"{seed} {beginning}" for beginning in ("", "a" * 64, "b" * 160)]
     return [rng.choice(beginnings) + "".join(rng.choices("abcdef ", k=rng.randrange(10, 200))) for _ in range(num)]
 
 
@@ -156,10 +151,17 @@ def test_full_prompts_are_refused_where_the_fleet_does_not_give_them(fleet: Serv
 # ---- killing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_recorder_harms_nobody_and_leaves_what_it_had(fleet: ServedFleet) -> None:
+def num_whole(fleet: ServedFleet) -> int:
+    """How many requests have been written down whole."""
+    return generates(read_recording(path_of(fleet), is_partial=True))
+
+
+def test_a_killed_recorder_harms_nobody_and_leaves_what_it_had(
+    fleet: ServedFleet, eventually: Callable[..., None]
+) -> None:
     with recorder(fleet) as process:
         ask(fleet, 10)
-        threading.Event().wait(1.5)  # It writes once a second at least.
+        eventually(lambda: num_whole(fleet) >= 10)
         with background(lambda: ask(fleet, 20, seed=1)):
             threading.Event().wait(0.2)
             process.kill()
@@ -194,34 +196,37 @@ def background(work: Callable[[], None]) -> Iterator[None]:
     assert not errors, errors
 
 
-def test_an_engine_killed_while_recording_is_in_the_file(fleet: ServedFleet, eventually: Callable[..., None]) -> None:
+def test_a_recording_goes_on_without_a_killed_engine_and_ends_with_its_fleet(
+    place: Any, eventually: Callable[..., None]
+) -> None:
+    fleet = ServedFleet(place)
     with recorder(fleet) as process:
         ask(fleet, 3)
         pid = fleet.rows()["decode"]["pid"]
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: fleet.rows().get("decode", {}).get("pid", pid) not in (pid, None))
         eventually(lambda: fleet.complete("are you back?")[0] == 200)
-        threading.Event().wait(1.0)
-        process.send_signal(signal.SIGINT)
+        eventually(lambda: num_whole(fleet) >= 4)
+        place.callboard("down")
+        out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
+    assert "has ended" in out
     recording = read_recording(path_of(fleet))
     kinds = [(notice.kind, notice.node) for notice in notices(recording)]
     assert ("died", "decode") in kinds or ("cut", "decode") in kinds
     assert ("back", "decode") in kinds or ("came", "decode") in kinds
     assert generates(recording) >= 4
-    replayed = fleet.place.callboard("replay", "a.rec", "--simulate")
+    replayed = place.callboard("replay", "a.rec", "--simulate")
     assert replayed.returncode == 0, replayed.stderr
     assert "in a replay nobody does" in replayed.stdout
 
-
-def test_a_recording_ends_with_its_fleet(fleet: ServedFleet) -> None:
-    with recorder(fleet) as process:
-        ask(fleet, 2)
-        fleet.place.callboard("down")
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "has ended" in out
-    assert generates(read_recording(path_of(fleet))) == 2
+    # And a fleet that serves other models is not asked.
+    text = (place.folder / "fleet.toml").read_text()
+    place.write(text.replace("models.tiny", "models.huge"))
+    assert place.callboard("up", "fleet.toml", "--detach").returncode == 0
+    refused = place.run("replay", "a.rec")
+    assert refused.returncode == 2
+    assert 'fleet "test" serves huge, and the recording asks for "tiny"' in refused.stderr
 
 
 # ---- replaying ------------------------------------------------------------------------------------------------------
@@ -229,7 +234,7 @@ def test_a_recording_ends_with_its_fleet(fleet: ServedFleet) -> None:
 
 def test_a_running_fleet_is_asked_again(fleet: ServedFleet) -> None:
     with recorder(fleet, "--requests", "15"):
-        ask(fleet, 13)
+        ask(fleet, 13, seed=2)
         ask_for_two(fleet)
     place = fleet.place
     live = place.callboard("replay", "a.rec", "--json", "--speed", "4")
@@ -283,7 +288,7 @@ def test_what_a_live_fleet_cannot_be_asked_is_said_in_a_sentence(fleet: ServedFl
         (("--fleet", "nobody"), 'no fleet "nobody" is running; running: test'),
         (("--fleet", "tcp://x"), "is no address of a fleet"),
     ):
-        refused = place.callboard("replay", "a.rec", *words)
+        refused = place.run("replay", "a.rec", *words)
         assert refused.returncode == 2, words
         assert sentence in refused.stderr
         assert refused.stderr.count("\n") == 1
@@ -296,20 +301,8 @@ def test_what_a_live_fleet_cannot_be_asked_is_said_in_a_sentence(fleet: ServedFl
         (("b.rec", "--files", "0"), "--files 0 would record nothing"),
         (("b.rec", "--fleet", "nobody"), 'no fleet "nobody" is running'),
     ):
-        refused = place.callboard("trace", "record", *words)
+        refused = place.run("trace", "record", *words)
         assert refused.returncode == 2, words
         assert sentence in refused.stderr
         assert refused.stderr.count("\n") == 1
     assert not (place.folder / "b.rec").exists()
-
-
-def test_a_fleet_that_serves_other_models_is_not_asked(fleet: ServedFleet, place: Any) -> None:
-    with recorder(fleet, "--requests", "1"):
-        ask(fleet, 1)
-    place.callboard("down")
-    text = (place.folder / "fleet.toml").read_text()
-    place.write(text.replace("models.tiny", "models.huge"))
-    assert place.callboard("up", "fleet.toml", "--detach").returncode == 0
-    refused = place.callboard("replay", "a.rec")
-    assert refused.returncode == 2
-    assert 'fleet "test" serves huge, and the recording asks for "tiny"' in refused.stderr

@@ -1,5 +1,6 @@
 """Recordings that somebody made up: whole chunks, full of what no fleet ever said."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from callboard.tools.replay.tape import read_tape
 from callboard.tools.trace.event import event_of
 from callboard.tools.trace.recording import Batch, End, FleetView, Header, file_head, pack_chunk
 
+NUM_EXAMPLES = int(os.environ.get("CALLBOARD_TEST_EXAMPLES", "40"))
 NAMES = ["Generate", "PrepRecv", "RemoteSend", "StartGenerate", "OpenWrite", "Admit"]
 NAMES += ["prefill", "compute", "decode", "send", "blocks", "attempt"]
 FACTS = ["num_tokens", "num_steps", "step_s", "between_s", "step_decodes", "step_prefill_tokens", "num_bytes", "begin"]
@@ -94,7 +96,7 @@ def entries(draw: Any) -> Entry:
     return Entry(draw(st.text(max_size=3)), kind, address, model="tiny", manager=manager, detail=detail, load=load)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
 @given(seen=st.lists(records(), min_size=15, max_size=60), view=st.lists(entries(), max_size=5), offset=times)
 def test_whatever_a_recording_says_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, seen: list[TapRecord], view: list[Entry], offset: float
@@ -132,7 +134,7 @@ PHASE_FACTS = ("num_steps", "step_s", "between_s", "step_decodes", "step_prefill
 numbers = st.integers(1, 50) | st.floats(0.0, 10.0) | scalars
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
 @given(rows=st.lists(st.tuples(*[numbers] * len(PHASE_FACTS), numbers, times), min_size=8, max_size=30))
 def test_costs_are_costs_whatever_phases_and_sends_are_said_to_have_taken(rows: list[tuple[Any, ...]]) -> None:
     costs = CostsOf()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -124,9 +125,12 @@ def test_a_sparkline_is_scaled_to_its_largest_value() -> None:
     assert sparkline([]) == ""
 
 
-def test_a_pipe_gets_one_frame_with_rates_latencies_and_pools(place: Any) -> None:
-    fleet = ServedFleet(place)
-    process = place.start("top", "--interval", "2")
+def frame_in(line: str) -> Frame:
+    return msgspec.json.decode(line, type=Frame)
+
+
+def test_a_pipe_gets_one_frame_with_rates_latencies_and_pools(fleet: ServedFleet) -> None:
+    process = fleet.place.start("top", "--interval", "2")
     for _ in range(10):
         fleet.complete("x" * 100, max_tokens=20)
     out, errors = process.communicate(timeout=20)
@@ -139,17 +143,22 @@ def test_a_pipe_gets_one_frame_with_rates_latencies_and_pools(place: Any) -> Non
     assert lines["frontend"][4] != "-"  # A median of times to the first token.
 
 
-def test_json_is_an_object_a_line_and_adds_up_to_what_was_asked(place: Any) -> None:
-    fleet = ServedFleet(place)
+async def test_json_adds_up_to_what_was_asked_from_a_fleets_begin_to_its_end(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = await asyncio.to_thread(ServedFleet, place)
+    begin = json.loads(place.callboard("top", "--json", "--once", "--interval", "0.3").stdout)
+    assert begin["frontends"][0]["ttft_s"] == {"count": 0, "mean": None, "p50": None, "p95": None, "p99": None}
+
     process = place.start("top", "test", "--json", "--interval", "0.5")
     assert process.stdout is not None
-    first = msgspec.json.decode(process.stdout.readline(), type=Frame)
+    first = frame_in(process.stdout.readline())
     assert (first.fleet, first.output_tps) == ("test", 0.0)
     for _ in range(5):
         fleet.complete("x" * 100, max_tokens=30)
     generated, latest = 0.0, first
     while generated < 150 - 1e-6:  # Frames overlap by their rates' seconds, so this is reached soon or never.
-        latest = msgspec.json.decode(process.stdout.readline(), type=Frame)
+        latest = frame_in(process.stdout.readline())
         generated = max(generated, latest.output_tps * latest.interval_s)
     assert generated == pytest.approx(150, abs=1)
     [door] = latest.frontends
@@ -159,40 +168,36 @@ def test_json_is_an_object_a_line_and_adds_up_to_what_was_asked(place: Any) -> N
     process.communicate(timeout=10)
     assert process.returncode == 130
 
-
-def test_a_fleet_that_ends_ends_top_with_one_sentence(place: Any) -> None:
-    ServedFleet(place)
+    # Who watches is told of the end: lines in a sentence, and the live view, which then closes.
     process = place.start("top", "--json", "--interval", "0.2")
     assert process.stdout is not None
     process.stdout.readline()
-    place.callboard("down")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
+    app = TopApp(open_fleet("test"), 0.2)
+    async with app.run_test() as pilot:
+        await shows(app, pilot, "2 of 2 engines ready")
+        threading.Thread(target=place.callboard, args=("down",)).start()
+        async with asyncio.timeout(20):
+            while app.error is None:
+                await asyncio.sleep(0.05)
+    assert str(app.error) == 'fleet "test" has ended'
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (0, 'callboard: fleet "test" has ended\n')
 
 
-def test_a_control_process_that_is_restarted_is_waited_for(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
-    process = place.start("top", "--json", "--interval", "0.2")
-    assert process.stdout is not None
-    frames = [msgspec.json.decode(process.stdout.readline(), type=Frame)]
-    os.kill(fleet.rows()["main"]["pid"], signal.SIGKILL)
-    eventually(lambda: len(rows := fleet.rows()) == 6 and rows.get("main", {}).get("num_restarts") == 1)
-    frames += [msgspec.json.decode(process.stdout.readline(), type=Frame) for _ in range(20)]
-    assert len(frames[-1].engines) == 2
-    assert frames[-1].frontends[0].num_in_flight == 0
-    assert not frames[-1].problem
-    process.kill()
-    process.communicate(timeout=10)
+@pytest.fixture(scope="module")
+def shaken(place_of_module: Any) -> ServedFleet:
+    """A fleet whose control process is stopped, and killed."""
+    return ServedFleet(place_of_module)
 
 
 async def test_a_directory_that_does_not_answer_is_said_and_then_given_up(
-    place: Any, monkeypatch: pytest.MonkeyPatch
+    shaken: ServedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = await asyncio.to_thread(ServedFleet, place)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(shaken.place.runtime))
     monkeypatch.setattr(top_watch, "ASK_S", 0.3)
     monkeypatch.setattr(top_watch, "LOST_S", 1.0)
-    control = fleet.rows()["main"]["pid"]
+    control = shaken.rows()["main"]["pid"]
     frames: list[Frame] = []
 
     async def watch() -> None:
@@ -212,39 +217,57 @@ async def test_a_directory_that_does_not_answer_is_said_and_then_given_up(
     assert len(frames[-1].engines) == 2
 
 
-async def test_the_live_view_shows_sorts_pauses_and_quits(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = await asyncio.to_thread(ServedFleet, place)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
+def test_a_control_process_that_is_restarted_is_waited_for(shaken: ServedFleet, eventually: Eventually) -> None:
+    eventually(lambda: len(shaken.rows()) == 6)
+    process = shaken.place.start("top", "--json", "--interval", "0.2")
+    assert process.stdout is not None
+    frame_in(process.stdout.readline())
+    os.kill(shaken.rows()["main"]["pid"], signal.SIGKILL)
+    eventually(lambda: len(rows := shaken.rows()) == 6 and rows.get("main", {}).get("num_restarts") == 1)
+
+    restarted = time.time()
+
+    def is_whole_again() -> bool:
+        assert process.stdout is not None
+        frame = frame_in(process.stdout.readline())
+        is_idle = [each.num_in_flight for each in frame.frontends] == [0]
+        return frame.time > restarted and len(frame.engines) == 2 and is_idle and not frame.problem
+
+    eventually(is_whole_again)
+    process.kill()
+    process.communicate(timeout=10)
+
+
+def text_of(app: TopApp) -> str:
+    return "\n".join("".join(segment.text for segment in line) for line in app.screen._compositor.render_strips())
+
+
+async def shows(app: TopApp, pilot: Any, word: str) -> None:
+    async with asyncio.timeout(15):
+        while word not in text_of(app):
+            await pilot.pause(0.05)
+
+
+async def test_the_live_view_shows_sorts_pauses_and_quits(fleet: ServedFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(fleet.place.runtime))
     app = TopApp(open_fleet("test"), 0.2)
     async with app.run_test(size=(120, 30)) as pilot:
-
-        def text() -> str:
-            return "\n".join(
-                "".join(segment.text for segment in line) for line in app.screen._compositor.render_strips()
-            )
-
-        async def until(word: str) -> None:
-            async with asyncio.timeout(15):
-                while word not in text():
-                    await pilot.pause(0.05)
-
-        await until("2 of 2 engines ready")
+        await shows(app, pilot, "2 of 2 engines ready")
         await asyncio.to_thread(fleet.complete, "x" * 100)
-        await until("kv-cpu1: shm")
+        await shows(app, pilot, "kv-cpu1: shm")
         await pilot.press("space")
-        await until("Paused")
+        await shows(app, pilot, "Paused")
         await pilot.press("space", "s")
         async with asyncio.timeout(15):
-            while "Paused" in text():
+            while "Paused" in text_of(app):
                 await pilot.pause(0.05)
-        assert all(word in text() for word in ("TTFT p50", "OUTPUT/S", "HITS", "Quit"))
+        assert all(word in text_of(app) for word in ("TTFT p50", "OUTPUT/S", "HITS", "Quit"))
         await pilot.press("q")
     assert app.error is None
 
 
-async def test_ctrl_c_leaves_the_live_view(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    await asyncio.to_thread(ServedFleet, place)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
+async def test_ctrl_c_leaves_the_live_view(fleet: ServedFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(fleet.place.runtime))
     app = TopApp(open_fleet("test"), 0.2)
     async with app.run_test() as pilot:
         await pilot.press("ctrl+c")
@@ -254,35 +277,8 @@ async def test_ctrl_c_leaves_the_live_view(place: Any, monkeypatch: pytest.Monke
     assert app.error is None
 
 
-async def test_the_live_view_ends_with_its_fleet(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    await asyncio.to_thread(ServedFleet, place)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place.runtime))
-    app = TopApp(open_fleet("test"), 0.2)
-    async with app.run_test() as pilot:
-        await pilot.pause(0.5)
-        threading.Thread(target=place.callboard, args=("down",)).start()
-        async with asyncio.timeout(20):
-            while app.error is None:
-                await asyncio.sleep(0.05)
-    assert str(app.error) == 'fleet "test" has ended'
-
-
 def test_an_interval_that_is_none_is_refused(place: Any) -> None:
     for word in ("0", "nan", "soon", "1e9"):
-        done = place.callboard("top", "--interval", word)
+        done = place.run("top", "--interval", word)
         assert done.returncode == 2
         assert f'"{word}" is no interval: give seconds' in done.stderr
-
-
-def test_json_of_top_is_json(place: Any) -> None:
-    ServedFleet(place)
-    frame = json.loads(place.callboard("top", "--json", "--once", "--interval", "0.3").stdout)
-    assert frame["frontends"][0]["ttft_s"] == {"count": 0, "mean": None, "p50": None, "p95": None, "p99": None}
-
-
-def test_a_process_that_is_given_up_is_named_with_its_reason(place: Any, eventually: Eventually) -> None:
-    place.callboard("up", place.actor_fleet(restart='{ backoff = "10ms", max = 0 }'), "--detach")
-    place.ask("Die()")
-    eventually(lambda: place.row()["state"] == "failed")
-    shown = place.callboard("top", "--once", "--interval", "0.2").stdout
-    assert "ping is failed: ping: RuntimeError: a bug" in shown

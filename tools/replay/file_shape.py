@@ -14,6 +14,7 @@ from callboard.tools.endpoints import IPC, Endpoints
 from callboard.tools.errors import CliError
 from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import FleetFile, load_fleet_file
+from callboard.tools.gpus import gpus_for
 from callboard.tools.machine import allowed_cores, total_memory
 from callboard.tools.models import resolve_models
 from callboard.tools.plan import Machine, Plan, Planner
@@ -75,7 +76,7 @@ async def _plan(file: FleetFile) -> Plan:
             models = await resolve_models(
                 file, cache=cache_dir(), log=Path(folder) / "models.log", environment=os.environ, show=show
             )
-        machine = Machine(allowed_cores(), total_memory())
+        machine = Machine(allowed_cores(), total_memory(), gpus_for(file.fleet))
         return Planner(
             file, run_dir=Path(folder), models=models, machine=machine, port=0, endpoints=endpoints, keys=b""
         ).plan()

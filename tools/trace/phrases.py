@@ -229,6 +229,11 @@ def _blocks(told: Told, reader: Reader) -> str:
     return f"waited for {blocks}" + (f", for {facts['purpose']}" if "purpose" in facts else "")
 
 
+def _tier(told: Told, reader: Reader) -> str:
+    num_tokens = told.facts.get("num_tokens", 0)
+    return f"brought back {count(num_tokens, 'token')} from a tier" if num_tokens else "waited for a tier in vain"
+
+
 _SENT: dict[str, Phrase] = {
     "generate": _sent_generate,
     "prep_recv": _sent_prep_recv,
@@ -261,12 +266,14 @@ _PHASE: dict[str, Phrase] = {
     "attempt": _attempt,
     "script": _says("ran the script's own code"),
     "blocks": _blocks,
+    "tier": _tier,
     "pages": _says("waited for KV to arrive"),
     "send": _send,
     "turn": _says("waited for its turn in a busy process"),
     "tie": _says("tied itself to the other pool"),
     "lend": _says("gave the engine its blocks"),
     "settle": _says("closed what was written"),
+    "verify": _says("held the pages against their sender's digests"),
     "dial": _says("dialled"),
     "accept": _says("waited until the engine was ready for it"),
     "place": _says("waited for a place in the batch"),

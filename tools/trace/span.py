@@ -19,6 +19,7 @@ CATEGORY_OF: dict[str, Category] = {
     "wait": "queue",
     "script": "script",
     "blocks": "queue",
+    "tier": "kv",
     "pages": "send",
     "send": "send",
     "accept": "queue",
@@ -36,11 +37,25 @@ CATEGORY_OF: dict[str, Category] = {
     "tie": "kv",
     "lend": "kv",
     "settle": "kv",
+    "verify": "kv",
 }
 """Of the spans that actors note; others (``http``, ``attempt``) hold spans."""
 VERBS = ("prep_recv", "remote_send", "start_generate")
 SHORT_ASKS = frozenset(
-    ("prep_recv", "open_write", "close_write", "admit", "release", "probe", "refill", "give", "seal", "finish", "abort")
+    (
+        "prep_recv",
+        "open_write",
+        "take_pages",
+        "close_write",
+        "admit",
+        "release",
+        "probe",
+        "refill",
+        "give",
+        "seal",
+        "finish",
+        "abort",
+    )
 )
 """What is done where it is served, but for the waiting that is a span of its own."""
 

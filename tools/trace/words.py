@@ -132,6 +132,11 @@ def _send(spans: Sequence[Span]) -> str:
     return f"{said}, {format_size(int(rate))}/s" if rate else said
 
 
+def _tier(spans: Sequence[Span]) -> str:
+    num_tokens = _sum(spans, "num_tokens")
+    return f"{count(num_tokens, 'token')} from a tier" if num_tokens else "for nothing: the tier was too slow"
+
+
 def _tokens(facts: dict[str, Any]) -> str:
     return f"for {count(facts['num_tokens'], 'prompt token')}" if isinstance(facts.get("num_tokens"), int) else ""
 
@@ -145,4 +150,5 @@ _WORDS = {
     "compute": _computing,
     "decode": _computing,
     "send": _send,
+    "tier": _tier,
 }

@@ -7,15 +7,17 @@ import pytest
 from served_fleet import ServedFleet
 
 
-@pytest.fixture
-def fleet(place: Any) -> ServedFleet:
-    made = ServedFleet(place)
+@pytest.fixture(scope="module")
+def asked(place_of_module: Any) -> ServedFleet:
+    """A fleet of its own: which request is the slowest is known, and how many there are."""
+    made = ServedFleet(place_of_module)
     for name in ("alpha-1", "alpha-2", "beta"):
         assert made.complete(f"the quick brown fox, {name}", request_id=name)[0] == 200
     return made
 
 
-def test_a_request_is_explained_to_people_and_to_machines(place: Any, fleet: ServedFleet) -> None:
+def test_a_request_is_explained_to_people_and_to_machines(asked: ServedFleet) -> None:
+    place = asked.place
     last = place.callboard("trace", "explain")
     assert (last.returncode, last.stderr) == (0, "")
     assert last.stdout.startswith("Request beta at ")
@@ -26,13 +28,12 @@ def test_a_request_is_explained_to_people_and_to_machines(place: Any, fleet: Ser
     assert (named["request_id"], named["is_over"], named["missing_nodes"]) == ("alpha-1", True, {})
     assert named["breakdown"]["explained_share"] > 0.5  # Engines that compute nothing: what is left is overhead.
     slowest = json.loads(place.callboard("trace", "explain", "--slowest", "--json").stdout)
-    told = [json.loads(place.callboard("trace", "explain", name, "--json").stdout) for name in ("alpha-2", "beta")]
+    told = [json.loads(place.run("trace", "explain", name, "--json").stdout) for name in ("alpha-2", "beta")]
     assert slowest["jct_ms"] == max(each["jct_ms"] for each in [named, *told])
-    before = json.loads(place.callboard("ps", "--json").stdout)[0]["actors"]
-    assert {row["name"] for row in before} == {"decode", "frontend", "kv-cpu0", "kv-cpu1", "main", "prefill"}
+    assert set(asked.rows()) == {"decode", "frontend", "kv-cpu0", "kv-cpu1", "main", "prefill"}
 
 
-def test_what_cannot_be_explained_is_one_sentence(place: Any, fleet: ServedFleet) -> None:
+def test_what_cannot_be_explained_is_one_sentence(asked: ServedFleet) -> None:
     for words, sentence in (
         (("gamma",), 'no node remembers a request "gamma": 3 are known'),
         (("alpha-11",), 'no node remembers a request "alpha-11": do you mean alpha-1'),
@@ -42,17 +43,18 @@ def test_what_cannot_be_explained_is_one_sentence(place: Any, fleet: ServedFleet
         (("--from", "nothing.cbtrace"), "nothing.cbtrace"),
         (("--fleet", "test@tcp://127.0.0.1:9"), "127.0.0.1:9"),
     ):
-        ran = place.callboard("trace", "explain", *words)
+        ran = asked.place.run("trace", "explain", *words)
         assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
         assert sentence in ran.stderr
         assert len(ran.stderr.splitlines()) == 1
 
 
-def test_a_recording_is_explained_as_the_fleet_is(place: Any, fleet: ServedFleet) -> None:
+def test_a_recording_is_explained_as_the_fleet_is(fleet: ServedFleet) -> None:
+    place = fleet.place
     recording = place.start("trace", "record", "it.cbtrace", "--requests", "1")
     assert recording.stderr is not None
     recording.stderr.readline()
-    assert fleet.complete("what is recorded", request_id="recorded")[0] == 200
+    assert fleet.complete("what is recorded", request_id="explained")[0] == 200
     recording.communicate(timeout=20)
     path = place.folder / "it.cbtrace"
     (place.folder / "cut.cbtrace").write_bytes(path.read_bytes()[:-20])
@@ -60,13 +62,13 @@ def test_a_recording_is_explained_as_the_fleet_is(place: Any, fleet: ServedFleet
     assert (cut.returncode, cut.stdout) == (2, "")
     assert "cut.cbtrace is damaged: it is cut off" in cut.stderr
     whole = place.callboard("trace", "explain", "--from", "cut.cbtrace", "--partial")
-    assert whole.stdout.startswith("Request recorded at ")
+    assert whole.stdout.startswith("Request explained at ")
     assert "cut.cbtrace is damaged: it is cut off" in whole.stderr
-    recorded = json.loads(place.callboard("trace", "explain", "recorded", "--json", "--from", "it.cbtrace").stdout)
-    live = json.loads(place.callboard("trace", "explain", "recorded", "--json").stdout)
+    recorded = json.loads(place.callboard("trace", "explain", "explained", "--json", "--from", "it.cbtrace").stdout)
+    live = json.loads(place.callboard("trace", "explain", "explained", "--json").stdout)
     assert [span["name"] for span in recorded["spans"]] == [span["name"] for span in live["spans"]]
     assert recorded["jct_ms"] == pytest.approx(live["jct_ms"], abs=1e-3)
     for text in (b"", b"no recording at all, but long enough to have a head " * 9):
         (place.folder / "bad.cbtrace").write_bytes(text)
-        ran = place.callboard("trace", "explain", "--from", "bad.cbtrace")
+        ran = place.run("trace", "explain", "--from", "bad.cbtrace")
         assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)

@@ -3,7 +3,6 @@
 import argparse
 import io
 import sys
-from typing import Any
 
 import pytest
 from chrome_trace import read
@@ -13,16 +12,11 @@ from callboard.tools.errors import CliError
 from callboard.tools.trace import export
 
 
-@pytest.fixture
-def fleet(place: Any) -> ServedFleet:
-    made = ServedFleet(place)
+def test_a_fleet_is_exported_to_every_tool(fleet: ServedFleet) -> None:
+    place = fleet.place
     for name in ("alpha-1", "alpha-2", "beta"):
-        assert made.complete(f"the quick brown fox, {name}", request_id=name)[0] == 200
-    return made
-
-
-def test_a_fleet_is_exported_to_every_tool(place: Any, fleet: ServedFleet) -> None:
-    wrote = place.callboard("trace", "export", "perfetto", "-o", "trace.json")
+        assert fleet.complete(f"the quick brown fox, {name}", request_id=name)[0] == 200
+    wrote = place.callboard("trace", "export", "perfetto", "-o", "trace.json", "--last", "3")
     assert (wrote.returncode, wrote.stdout) == (0, "")
     assert wrote.stderr == "trace.json: 3 requests: open it at https://ui.perfetto.dev\n"
     trace = read((place.folder / "trace.json").read_bytes())
@@ -57,16 +51,17 @@ def test_a_fleet_is_exported_to_every_tool(place: Any, fleet: ServedFleet) -> No
     assert place.callboard("trace", "export", "mermaid", "--last", "2").stdout.count("sequenceDiagram") == 2
 
 
-def test_a_recording_is_exported_as_the_fleet_is(place: Any, fleet: ServedFleet) -> None:
+def test_a_recording_is_exported_as_the_fleet_is(fleet: ServedFleet) -> None:
+    place = fleet.place
     recording = place.start("trace", "record", "it.cbtrace", "--requests", "1")
     assert recording.stderr is not None
     recording.stderr.readline()
-    fleet.complete("what is recorded", request_id="recorded")
+    fleet.complete("what is recorded", request_id="exported")
     _, said = recording.communicate(timeout=30)
     assert recording.returncode == 0, said
     for to in ("perfetto", "html", "mermaid"):
-        of_fleet = place.callboard("trace", "export", to, "--last", "1", "-o", f"fleet.{to}")
-        of_file = place.callboard("trace", "export", to, "--last", "1", "--from", "it.cbtrace", "-o", f"file.{to}")
+        of_fleet = place.run("trace", "export", to, "--last", "1", "-o", f"fleet.{to}")
+        of_file = place.run("trace", "export", to, "--last", "1", "--from", "it.cbtrace", "-o", f"file.{to}")
         assert (of_fleet.returncode, of_file.returncode) == (0, 0), of_file.stderr
     assert (place.folder / "fleet.mermaid").read_text() == (place.folder / "file.mermaid").read_text()
     ours, theirs = (read((place.folder / f"{name}.perfetto").read_bytes()) for name in ("fleet", "file"))
@@ -74,7 +69,8 @@ def test_a_recording_is_exported_as_the_fleet_is(place: Any, fleet: ServedFleet)
     assert list(ours.threads.values()) == list(theirs.threads.values())
 
 
-def test_what_cannot_be_done_is_one_sentence(place: Any, fleet: ServedFleet) -> None:
+def test_what_cannot_be_done_is_one_sentence(fleet: ServedFleet) -> None:
+    place = fleet.place
     (place.folder / "broken").write_bytes(b"no recording")
     for words, sentence in (
         (("perfetto", "gamma", "-o", "x"), 'no node remembers a request "gamma"'),
@@ -84,7 +80,7 @@ def test_what_cannot_be_done_is_one_sentence(place: Any, fleet: ServedFleet) -> 
         (("html", "--from", "broken", "-o", "x"), "is no recording"),
         (("html", "--fleet", "other", "-o", "x"), 'no fleet "other" is running'),
     ):
-        ran = place.callboard("trace", "export", *words)
+        ran = place.run("trace", "export", *words)
         assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
         assert sentence in ran.stderr
         assert len(ran.stderr.splitlines()) == 1

@@ -12,6 +12,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def terminal(place: Any, *words: str, **options: Any) -> Iterator[Terminal]:
             made.process.kill()
 
 
-def test_a_request_is_waited_for_and_its_sub_requests_are_on_the_screen(place: Any, eventually: Eventually) -> None:
+def test_a_fleets_life_is_on_the_screen_from_its_first_request_to_its_end(place: Any, eventually: Eventually) -> None:
     fleet = ServedFleet(place)
     with terminal(place, "trace") as shown:
         eventually(lambda: shown.has("waiting for requests ..."))
@@ -134,30 +135,8 @@ def test_a_request_is_waited_for_and_its_sub_requests_are_on_the_screen(place: A
         shown.press(b"q")
         assert shown.end() == "callboard: left test, which runs on\n"
         assert shown.process.returncode == 0
-
-
-def test_it_grows_with_its_terminal_and_writes_sixteen_colours(place: Any, eventually: Eventually) -> None:
-    ServedFleet(place).complete("Who?", request_id="first-one")
-    with terminal(place, "trace", size=(80, 24)) as shown:
-        eventually(lambda: shown.has("Request first-one"))
-        shown.resize((200, 50))
-        os.kill(shown.process.pid, signal.SIGWINCH)
-        eventually(lambda: shown.has("prep_recv: look up the prefix cache, .* start_generate: adopt it and generate"))
-        shown.press(b"x")
-        eventually(lambda: shown.has("WHERE IT WENT"))
-        shown.press(b"q")
-        eventually(lambda: shown.has("Request first-one"))
-        shown.press(b"q")
-        shown.end()
-        colors = set(re.findall(rb"\x1b\[([0-9;]*)m", shown.raw))
-        assert colors
-        assert not [each for each in colors if b"38;" in each or b"48;" in each]
-
-
-def test_an_engine_that_dies_is_told_and_its_request_is_marked(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
     with terminal(place, "trace", size=(120, 30)) as shown:
-        eventually(lambda: shown.has("waiting for requests ..."))
+        eventually(lambda: shown.has("first-on +done"))
         os.kill(fleet.rows()["decode"]["pid"], signal.SIGKILL)
         eventually(lambda: shown.has("decode died"))
         eventually(lambda: shown.has("decode is back"))
@@ -166,32 +145,8 @@ def test_an_engine_that_dies_is_told_and_its_request_is_marked(place: Any, event
         shown.press(b"\x03")
         shown.end()
         assert shown.process.returncode == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_it_and_gives_the_terminal_back(place: Any, eventually: Eventually, number: int) -> None:
-    ServedFleet(place)
     with terminal(place, "trace") as shown:
-        eventually(lambda: shown.has("waiting for requests ..."))
-        os.kill(shown.process.pid, number)
-        assert "left test" in shown.end()
-        assert b"\x1b[?1049l" in shown.raw  # The screen as it was before.
-        assert b"\x1b[?25h" in shown.raw  # The cursor.
-
-
-def test_a_terminal_that_is_closed_ends_it(place: Any, eventually: Eventually) -> None:
-    ServedFleet(place)
-    with terminal(place, "trace") as shown:
-        eventually(lambda: shown.has("waiting for requests ..."))
-        shown.hang_up()
-        shown.process.wait(15)
-
-
-def test_the_end_of_the_fleet_is_told_and_the_picture_stays(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
-    fleet.complete("Who?", request_id="first-one")
-    with terminal(place, "trace") as shown:
-        eventually(lambda: shown.has("Request first-one"))
+        eventually(lambda: shown.has("Request after"))
         assert place.callboard("down").returncode == 0
         eventually(lambda: shown.has("fleet test has ended"))
         assert shown.has("1 prep_recv → decode")
@@ -199,53 +154,83 @@ def test_the_end_of_the_fleet_is_told_and_the_picture_stays(place: Any, eventual
         shown.end()
 
 
-def test_what_is_wrong_is_a_sentence_after_the_terminal_is_given_back(place: Any) -> None:
+def test_it_grows_with_its_terminal_and_writes_sixteen_colours(fleet: ServedFleet, eventually: Eventually) -> None:
+    fleet.complete("Who?", request_id="growing")
+    with terminal(fleet.place, "trace", size=(80, 24)) as shown:
+        eventually(lambda: shown.has("Request growing"))
+        shown.resize((200, 50))
+        os.kill(shown.process.pid, signal.SIGWINCH)
+        eventually(lambda: shown.has("prep_recv: look up the prefix cache, .* start_generate: adopt it and generate"))
+        shown.press(b"x")
+        eventually(lambda: shown.has("WHERE IT WENT"))
+        shown.press(b"q")
+        eventually(lambda: shown.has("Request growing"))
+        shown.press(b"q")
+        shown.end()
+        colors = set(re.findall(rb"\x1b\[([0-9;]*)m", shown.raw))
+        assert colors
+        assert not [each for each in colors if b"38;" in each or b"48;" in each]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_and_gives_the_terminal_back(fleet: ServedFleet, eventually: Eventually, number: int) -> None:
+    with terminal(fleet.place, "trace") as shown:
+        eventually(lambda: shown.has("fleet test · 6 actors · .* · following"))
+        os.kill(shown.process.pid, number)
+        assert "left test" in shown.end()
+        assert b"\x1b[?1049l" in shown.raw  # The screen as it was before.
+        assert b"\x1b[?25h" in shown.raw  # The cursor.
+
+
+def test_a_terminal_that_is_closed_ends_it(fleet: ServedFleet, eventually: Eventually) -> None:
+    with terminal(fleet.place, "trace") as shown:
+        eventually(lambda: shown.has("fleet test · 6 actors · .* · following"))
+        shown.hang_up()
+        shown.process.wait(15)
+
+
+def test_what_is_wrong_is_a_sentence_after_the_terminal_is_given_back(place: Any, fleet: ServedFleet) -> None:
     with terminal(place, "trace") as shown:
         assert shown.end() == 'callboard: no fleet is running: start one with "callboard up"\n'
-    ServedFleet(place).complete("Who?", request_id="first-one")
     for words, sentence in {
         ("--request", "unknown"): 'callboard: no node remembers a request "unknown"',
         ("--actor", "decoder"): 'callboard: there is no actor "decoder": did you mean decode?',
         ("--verb", "prepare"): 'callboard: there is no verb "prepare"',
     }.items():
-        with terminal(place, "trace", *words) as shown:
+        with terminal(fleet.place, "trace", *words) as shown:
             assert shown.end().startswith(sentence)
             assert shown.process.returncode == 2
-    done = place.callboard("trace", "--format", "live")
+    done = fleet.place.callboard("trace", "--format", "live")
     assert (done.returncode, done.stderr) == (
         2,
         "callboard: the live view needs a terminal, in UTF-8: use --format text or --format jsonl\n",
     )
 
 
-def test_the_past_can_be_looked_at_without_following(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
+def test_the_past_can_be_looked_at_without_following(fleet: ServedFleet, eventually: Eventually) -> None:
     for name in ("one", "two", "three"):
         fleet.complete("Who?", request_id=name)
-    with terminal(place, "trace", "--format", "live", "--no-follow", "--last", "2") as shown:
+    with terminal(fleet.place, "trace", "--format", "live", "--no-follow", "--last", "2") as shown:
         eventually(lambda: shown.has("three +done"))
         assert shown.has("two +done")
         assert not shown.has("one +done")
         shown.press(b"q")
         shown.end()
-    with terminal(place, "trace", "--request", "tw") as shown:
+    with terminal(fleet.place, "trace", "--request", "tw") as shown:
         eventually(lambda: shown.has("two +done"))
         assert not shown.has("three +done")
         shown.press(b"q")
         shown.end()
 
 
-def test_a_recording_is_looked_at_without_a_fleet(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
-    recorder = place.start("trace", "record", "a.rec")
+def test_a_recording_is_looked_at_without_a_fleet(fleet: ServedFleet, place: Any, eventually: Eventually) -> None:
+    recorder = fleet.place.start("trace", "record", "a.rec")
     assert "now following" in recorder.stderr.readline()
     for name in ("one", "two"):
         fleet.complete("Who?", request_id=name)
-    threading.Event().wait(1.0)
     recorder.send_signal(signal.SIGINT)
     recorder.communicate(timeout=20)
-    assert place.callboard("down").returncode == 0
-    path = str(place.folder / "a.rec")
+    path = str(fleet.place.folder / "a.rec")  # Seen from a place where there is no fleet.
     with terminal(place, "trace", "--from", path) as shown:
         eventually(lambda: shown.has("two +done"))
         shown.press(b"\x1b[B")
@@ -253,7 +238,7 @@ def test_a_recording_is_looked_at_without_a_fleet(place: Any, eventually: Eventu
         assert shown.has("1 prep_recv → decode")
         shown.press(b"q")
         assert shown.end() == ""
-    whole = (place.folder / "a.rec").read_bytes()
+    whole = Path(path).read_bytes()
     (place.folder / "b.rec").write_bytes(whole[: len(whole) * 2 // 3])
     with terminal(place, "trace", "--from", str(place.folder / "b.rec")) as shown:
         said = shown.end()
@@ -266,10 +251,10 @@ def test_a_recording_is_looked_at_without_a_fleet(place: Any, eventually: Eventu
 
 @pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}])
 def test_where_it_cannot_be_drawn_there_are_lines(
-    place: Any, eventually: Eventually, variables: dict[str, str]
+    fleet: ServedFleet, eventually: Eventually, variables: dict[str, str]
 ) -> None:
-    ServedFleet(place).complete("Who?", request_id="first-one")
-    with terminal(place, "trace", size=(200, 50), **variables) as shown:
+    fleet.complete("Who?")
+    with terminal(fleet.place, "trace", size=(200, 50), **variables) as shown:
         eventually(lambda: shown.has("now following test: 5 nodes"))
         assert shown.has("prep_recv")
         assert b"\x1b[?1049h" not in shown.raw
@@ -277,12 +262,13 @@ def test_where_it_cannot_be_drawn_there_are_lines(
         shown.end()
 
 
-def test_a_picture_of_it_fetches_nothing(place: Any) -> None:
-    ServedFleet(place).complete("Who?", request_id="first-one")
+def test_a_picture_of_it_fetches_nothing(fleet: ServedFleet) -> None:
+    fleet.complete("Who?", request_id="pictured")
+    place = fleet.place
     command = [sys.executable, "-P", "-m", "callboard.tools.trace.live.picture", "live.svg", "--size", "80x24"]
     subprocess.run(command, env=place.env, cwd=place.folder, check=True, timeout=40)
     svg = (place.folder / "live.svg").read_text()
-    assert "first-on" in svg
+    assert "pictured" in svg
     assert "start_generate" in svg
     assert set(re.findall(r"https?://[^\"'\s)]+", svg)) == {"http://www.w3.org/2000/svg"}
     assert "url(h" not in svg

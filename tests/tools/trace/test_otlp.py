@@ -309,8 +309,7 @@ def test_a_url_without_a_path_is_a_collectors() -> None:
     assert traces_url("https://x/otlp/v1/traces") == "https://x/otlp/v1/traces"
 
 
-def test_a_request_is_a_child_of_its_callers_span(place: Any, service: Service) -> None:
-    fleet = ServedFleet(place)
+def test_a_request_is_a_child_of_its_callers_span(fleet: ServedFleet, service: Service) -> None:
     provider = TracerProvider(resource=Resource({"service.name": "caller"}))
     provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=traces_url(service.url))))
     with openai.OpenAI(base_url=f"{fleet.url}/v1", api_key="none") as client:
@@ -321,7 +320,8 @@ def test_a_request_is_a_child_of_its_callers_span(place: Any, service: Service) 
                 model="tiny", prompt="the quick brown fox", max_tokens=6, extra_headers=headers
             )
     provider.shutdown()
-    exported = place.callboard("trace", "export", "otlp", "--endpoint", service.url, "--no-follow")
+    named = answer.headers["x-request-id"]
+    exported = fleet.place.callboard("trace", "export", "otlp", named, "--endpoint", service.url, "--no-follow")
     assert (exported.returncode, exported.stdout) == (0, ""), exported.stderr
     assert "spans of 1 request exported" in exported.stderr
 
@@ -341,10 +341,9 @@ def test_a_request_is_a_child_of_its_callers_span(place: Any, service: Service) 
     assert all(span.trace_id == caller.trace_id for _, span in service.spans)
 
 
-def test_requests_are_exported_as_they_finish(place: Any, service: Service, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
+def test_requests_are_exported_as_they_finish(fleet: ServedFleet, service: Service, eventually: Eventually) -> None:
     fleet.complete("before anybody follows", request_id="before")
-    following = place.start("trace", "export", "otlp", "--endpoint", service.url, "--service-name", "lab")
+    following = fleet.place.start("trace", "export", "otlp", "--endpoint", service.url, "--service-name", "lab")
     try:
         assert following.stderr is not None
         assert "as they finish" in following.stderr.readline()
@@ -374,8 +373,7 @@ def test_requests_are_exported_as_they_finish(place: Any, service: Service, even
     assert told == {"after-0", "after-1", "after-2", "at-last", "last"}
 
 
-def test_a_collector_that_is_not_there_is_one_sentence(place: Any) -> None:
-    fleet = ServedFleet(place)
+def test_a_collector_that_is_not_there_is_one_sentence(fleet: ServedFleet) -> None:
     fleet.complete("hello")
     for words, sentence in (
         (("otlp", "--no-follow", "--endpoint", "http://127.0.0.1:9"), "the collector at http://127.0.0.1:9/v1/traces"),
@@ -384,7 +382,7 @@ def test_a_collector_that_is_not_there_is_one_sentence(place: Any) -> None:
         (("otlp", "nobody", "--endpoint", "http://127.0.0.1:9"), 'no node remembers a request "nobody"'),
         (("perfetto", "--endpoint", "http://127.0.0.1:9"), "--endpoint is for otlp"),
     ):
-        ran = place.callboard("trace", "export", *words)
+        ran = fleet.place.run("trace", "export", *words)
         assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
         assert sentence in ran.stderr
         assert len(ran.stderr.splitlines()) == 1

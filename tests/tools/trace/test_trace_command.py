@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served_fleet import ServedFleet
+from served_fleet import ServedFleet, value
 
 Eventually = Callable[..., None]
 
@@ -57,10 +57,9 @@ def requests_ended(lines: list[str]) -> list[str]:
     return [record["request"] for record in records if record.get("verb") == "http"]
 
 
-def test_past_and_present_are_told_and_ctrl_c_is_a_clean_end(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
+def test_past_and_present_are_told_and_ctrl_c_is_a_clean_end(fleet: ServedFleet, eventually: Eventually) -> None:
     fleet.complete("What is it that you do?", request_id="early")
-    shown = Output(place)
+    shown = Output(fleet.place)
     eventually(lambda: shown.has("now following test: 5 nodes$"))
     assert shown.has(r"main +→ decode +prep_recv +\d+ .* make room for the KV of \d+ tokens")
     assert shown.has(r"client +← frontend +http .* POST /v1/completions answered 200")
@@ -72,17 +71,7 @@ def test_past_and_present_are_told_and_ctrl_c_is_a_clean_end(place: Any, eventua
     assert len([line for line in told if "start_generate" in line]) == 4
 
 
-def test_a_fleet_that_has_served_nothing_is_waited_for_and_its_end_is_told(place: Any, eventually: Eventually) -> None:
-    ServedFleet(place)
-    assert place.callboard("trace", "--no-follow").stderr == "callboard: fleet test remembers no request yet\n"
-    shown = Output(place)
-    eventually(lambda: shown.has("now following test: 5 nodes; waiting for requests"))
-    assert place.callboard("down").returncode == 0
-    assert shown.wait() == ""
-    assert shown.lines[-1].endswith("-- fleet test has ended")
-
-
-def test_what_is_wrong_is_one_sentence_and_exit_code_2(place: Any) -> None:
+def test_what_is_wrong_is_one_sentence_and_exit_code_2(place: Any, fleet: ServedFleet) -> None:
     cases = {
         (): 'no fleet is running: start one with "callboard up"',
         ("--fleet", "demo"): 'no fleet "demo" is running: start one with "callboard up"',
@@ -91,9 +80,9 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(place: Any) -> None:
         ("--fleet", "a@tcp://10.0.0.1:70"): "the fleet at tcp://10.0.0.1:70 wants its keys: name their directory",
         ("--slower", "soon"): '--slower "soon" is no duration',
     }
+    assert place.callboard("trace", "--format", "text").returncode == 2
     for words, sentence in cases.items():
         expect_sentence(place, sentence, *words)
-    fleet = ServedFleet(place)
     fleet.complete("Who?", request_id="known")
     more = {
         ("--request", "unknown"): 'no node remembers a request "unknown"',
@@ -102,12 +91,13 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(place: Any) -> None:
         ("--fleet", "tets"): 'no fleet "tets" is running; running: test',
     }
     for words, sentence in more.items():
-        expect_sentence(place, sentence, *words)
-    expect_sentence(place, 'no node remembers a request "unknown"', "--request", "unknown", "--no-follow")
+        expect_sentence(fleet.place, sentence, *words)
+    expect_sentence(fleet.place, 'no node remembers a request "unknown"', "--request", "unknown", "--no-follow")
 
 
-def test_what_is_asked_for_by_name_is_told_however_small_it_is(place: Any) -> None:
-    ServedFleet(place).complete("Who?", request_id="known")
+def test_what_is_asked_for_by_name_is_told_however_small_it_is(fleet: ServedFleet) -> None:
+    fleet.complete("Who?")
+    place = fleet.place
     all_of_it = place.callboard("trace", "--no-follow", "--format", "text").stdout
     assert " tokenise" not in all_of_it
     named = place.callboard("trace", "--no-follow", "--format", "text", "--verb", "tokenise").stdout
@@ -117,29 +107,29 @@ def test_what_is_asked_for_by_name_is_told_however_small_it_is(place: Any) -> No
 
 
 def expect_sentence(place: Any, sentence: str, *words: str) -> None:
-    done = place.callboard("trace", "--format", "text", *words)
+    done = place.run("trace", "--format", "text", *words)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith(f"callboard: {sentence}")
 
 
-def test_a_reader_that_leaves_ends_it_although_nothing_happens(place: Any) -> None:
-    ServedFleet(place).complete("Who?")
+def test_a_reader_that_leaves_ends_it_although_nothing_happens(fleet: ServedFleet) -> None:
+    fleet.complete("Who?")
     for words in (("--format", "jsonl"), ("--format", "text"), ("--no-follow",)):
-        trace = place.start("trace", *words)
+        trace = fleet.place.start("trace", *words)
         assert trace.stdout.readline()
         trace.stdout.close()
         assert (trace.wait(10), trace.stderr.read()) == (0, "")
         trace.stderr.close()
 
 
-def test_in_a_terminal_there_are_colours_and_q_leaves(place: Any) -> None:
-    ServedFleet(place).complete("Who?")
+def test_in_a_terminal_there_are_colours_and_q_leaves(fleet: ServedFleet) -> None:
+    fleet.complete("Who?")
     for more, has_colors in (({}, True), ({"NO_COLOR": "1"}, False)):
         ours, theirs = pty.openpty()
         command = [sys.executable, "-P", "-m", "callboard.tools.cli", "trace", "--format", "text"]
         trace = subprocess.Popen(
             command,
-            env={**place.env, "TERM": "xterm-256color", **more},
+            env={**fleet.place.env, "TERM": "xterm-256color", **more},
             stdin=theirs,
             stdout=theirs,
             stderr=subprocess.PIPE,
@@ -159,21 +149,51 @@ def test_in_a_terminal_there_are_colours_and_q_leaves(place: Any) -> None:
         assert (b"\x1b[38;5;" in shown) == has_colors
 
 
-def test_a_killed_engine_is_told_of_and_followed_again(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
-    fleet.complete("Who?", request_id="before")
-    shown = Output(place)
-    eventually(lambda: shown.has("now following"))
-    os.kill(fleet.rows()["decode"]["pid"], signal.SIGKILL)
-    eventually(lambda: shown.has("-- decode died: what it had noted and not told is lost"))
-    eventually(lambda: shown.has("-- decode is back, as a new process"))
-    eventually(lambda: fleet.complete("And now?", request_id="after")[0] == 200)
-    eventually(lambda: shown.has("after .* start_generate .* done"))
-    shown.end()
+@pytest.fixture(scope="module")
+def shaken(place_of_module: Any) -> ServedFleet:
+    """A fleet whose tracers are stopped and killed, and an engine at last."""
+    return ServedFleet(place_of_module)
 
 
-def test_killed_tracers_are_forgotten_by_the_nodes(place: Any) -> None:
-    fleet = ServedFleet(place)
+def test_who_is_stopped_or_not_emptied_slows_nobody_and_loses_nothing(
+    shaken: ServedFleet, eventually: Eventually
+) -> None:
+    def num_links() -> float:
+        return value(shaken.scrape(), "callboard_bus_links", node="control")
+
+    stopped = Output(shaken.place, "--format", "jsonl")
+    full = shaken.place.start("trace", "--format", "jsonl")
+    while '"following"' not in full.stdout.readline():
+        pass
+    eventually(lambda: stopped.has('"following"') and num_links() == 4 + 2)
+    wanted = []
+    for is_long in (False, True):
+        stopped.process.send_signal(signal.SIGSTOP)
+        for number in range(40):  # Together, more than a pipe holds, by far.
+            wanted.append(f"r{is_long:d}-{number}")
+            assert shaken.complete("Who?", request_id=wanted[-1])[0] == 200
+        if is_long:  # Longer than the nodes wait for a peer that says nothing.
+            eventually(lambda: num_links() == 4 + 1, 30.0)
+        stopped.process.send_signal(signal.SIGCONT)
+        eventually(lambda: len(requests_ended(stopped.lines)) >= len(wanted), 30.0)
+    eventually(lambda: stopped.has('"kind":"back"'))
+    assert stopped.end() == "callboard: left test, which runs on\n"  # The bus's own words are not for users.
+    assert stopped.has("is out of reach: it had given up this tracer, which did not listen for a while")
+    assert sorted(requests_ended(stopped.lines)) == sorted(wanted)
+    notices = [json.loads(line) for line in stopped.lines if '"notice"' in line]
+    assert not any(notice.get("num_lost") for notice in notices)
+
+    lines = [full.stdout.readline() for _ in range(1000)]
+    assert not any('"notice"' in line for line in lines)
+    full.send_signal(signal.SIGINT)
+    full.wait(10)
+    assert (full.returncode, full.stderr.read()) == (0, "callboard: left test, which runs on\n")
+    full.stdout.close()
+    full.stderr.close()
+
+
+def test_killed_tracers_are_forgotten_by_the_nodes(shaken: ServedFleet) -> None:
+    place = shaken.place
     code = """
 import asyncio, sys
 from callboard.bus import Node
@@ -201,52 +221,24 @@ asyncio.run(main())
         assert watching.stdout.readline() == "attached\n"
         refused = place.callboard("trace", "--format", "text", "--no-follow")
         assert refused.returncode == 0
-        assert fleet.complete("Who?")[0] == 200
+        assert shaken.complete("Who?")[0] == 200
         watching.kill()
         watching.wait(10)
         watching.stdout.close()
 
 
-def test_a_stopped_tracer_slows_nobody_and_catches_up(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
-    shown = Output(place, "--format", "jsonl")
-    eventually(lambda: shown.has('"following"'))
-    wanted = []
-    for stop_s in (0.0, 8.0):  # Longer than the nodes wait for a peer that says nothing.
-        shown.process.send_signal(signal.SIGSTOP)
-        for number in range(40):
-            wanted.append(f"r{stop_s:.0f}-{number}")
-            assert fleet.complete("Who?", request_id=wanted[-1])[0] == 200
-        threading.Event().wait(stop_s)
-        shown.process.send_signal(signal.SIGCONT)
-        eventually(lambda: len(requests_ended(shown.lines)) >= len(wanted), 30.0)
-    eventually(lambda: shown.has('"kind":"back"'))
-    assert shown.end() == "callboard: left test, which runs on\n"  # The bus's own words are not for users.
-    assert shown.has("is out of reach: it had given up this tracer, which did not listen for a while")
-    assert sorted(requests_ended(shown.lines)) == sorted(wanted)
-    notices = [json.loads(line) for line in shown.lines if '"notice"' in line]
-    assert not any(notice.get("num_lost") for notice in notices)
+def test_a_killed_engine_is_told_of_and_followed_again(shaken: ServedFleet, eventually: Eventually) -> None:
+    shown = Output(shaken.place)
+    eventually(lambda: shown.has("now following"))
+    os.kill(shaken.rows()["decode"]["pid"], signal.SIGKILL)
+    eventually(lambda: shown.has("-- decode died: what it had noted and not told is lost"))
+    eventually(lambda: shown.has("-- decode is back, as a new process"))
+    eventually(lambda: shaken.complete("And now?", request_id="after")[0] == 200)
+    eventually(lambda: shown.has("after .* start_generate .* done"))
+    shown.end()
 
 
-def test_a_pipe_that_nobody_empties_loses_nothing_and_ctrl_c_still_ends_it(place: Any, eventually: Eventually) -> None:
-    fleet = ServedFleet(place)
-    trace = place.start("trace", "--format", "jsonl")
-    while '"following"' not in trace.stdout.readline():
-        pass
-    for number in range(60):  # More than a pipe holds, by far.
-        assert fleet.complete("Who?", request_id=f"r{number}")[0] == 200
-    threading.Event().wait(7.0)  # Longer than the nodes wait for a peer that says nothing.
-    lines = [trace.stdout.readline() for _ in range(1000)]
-    assert not any('"notice"' in line for line in lines)
-    trace.send_signal(signal.SIGINT)
-    trace.wait(10)
-    assert (trace.returncode, trace.stderr.read()) == (0, "callboard: left test, which runs on\n")
-    trace.stdout.close()
-    trace.stderr.close()
-
-
-def test_two_that_watch_from_one_process_do_not_take_each_other_for_the_same(place: Any) -> None:
-    ServedFleet(place)
+def test_two_that_watch_from_one_process_do_not_take_each_other_for_the_same(fleet: ServedFleet) -> None:
     code = """
 import asyncio
 from contextlib import AsyncExitStack
@@ -260,12 +252,16 @@ async def main():
         for _ in range(3):
             node = await stack.enter_async_context(visitor(find_fleet(None)))
             followers.append(await stack.enter_async_context(Follower(node, find_fleet(None))))
-        await asyncio.sleep(2)
+        async with asyncio.timeout(20):
+            while not all(len(follower.nodes) == 5 for follower in followers):
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(1)  # Those who take each other for the same cut each other off, and come back.
         print([len(follower.nodes) for follower in followers])
 
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", code], env=place.env, capture_output=True, text=True, check=True)
+    env = fleet.place.env
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[5, 5, 5]"
 
 
@@ -292,13 +288,21 @@ def test_a_fleet_on_tcp_is_traced_by_its_address_with_its_key_alone(place: Any) 
     place.env["XDG_RUNTIME_DIR"] = str(place.runtime)
 
 
-def test_a_fleet_without_keys_is_traced_by_its_address_if_its_name_is_right(place: Any) -> None:
+def test_a_fleet_without_keys_is_traced_by_its_address_from_its_first_request_to_its_end(
+    place: Any, eventually: Eventually
+) -> None:
     fleet = ServedFleet(place, listen='bus = "tcp://127.0.0.1:0"')
+    assert place.callboard("trace", "--no-follow").stderr == "callboard: fleet test remembers no request yet\n"
+    shown = Output(place)
+    eventually(lambda: shown.has("now following test: 5 nodes; waiting for requests"))
     fleet.complete("Who?", request_id="mine")
     at = fleet.rows()["main"]["address"].partition("#")[0]
     done = place.callboard("trace", "--fleet", f"test@{at}", "--no-follow", "--format", "jsonl")
     assert requests_ended(done.stdout.splitlines()) == ["mine"]
     expect_sentence(place, f'the fleet at {at} is not named "default": give its name', "--fleet", at)
+    assert place.callboard("down").returncode == 0
+    assert shown.wait() == ""
+    assert shown.lines[-1].endswith("-- fleet test has ended")
 
 
 HEAVY = ("torch", "transformers", "litestar", "uvicorn", "numpy", "triton", "httpx", "textual", "ray", "opentelemetry")
@@ -320,8 +324,8 @@ print([name for name in {HEAVY!r} if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_run_directory_and_the_logs_are_as_before(place: Any) -> None:
-    fleet = ServedFleet(place)
+def test_the_run_directory_and_the_logs_are_as_before(fleet: ServedFleet) -> None:
+    place = fleet.place
     fleet.complete("Who?")
     before = sorted(path for path in place.runtime.rglob("*"))
     logs = {path: path.stat().st_size for path in Path(place.runtime).rglob("*.log")}
