@@ -24,7 +24,7 @@ class Tied(Message, frozen=True):
 class Tie(Stream[Tied], frozen=True):
     """A sending KV manager's standing tie to a receiving one.
 
-    Raises StaleReservation for another epoch, BadRequest where no lane leads from one to the other.
+    Raises StaleReservation for another epoch, NoLane where no lane leads from one to the other.
     """
 
     epoch: str

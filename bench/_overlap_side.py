@@ -16,6 +16,7 @@ from _limited_lane import Link, limit_lanes
 
 from callboard.actors.actor import Actor, start_actor
 from callboard.actors.engine.config import EngineConfig
+from callboard.actors.engine.simulated import Simulation
 from callboard.actors.kv_manager import KvManager
 from callboard.actors.page_protocol import Done
 from callboard.bus import Address, Ask, Node
@@ -33,6 +34,8 @@ class Config(msgspec.Struct, frozen=True):
     device: str
     transport: str
     dtype: str
+    prefill_s: float | None = None
+    """What computing a prompt takes if the engine only sleeps; None for a real model."""
 
     @property
     def layout(self) -> KvLayout:
@@ -101,8 +104,15 @@ async def serve(role: str, config: Config) -> None:
             engine_config = EngineConfig(
                 "engine",
                 config.address("p"),
-                path=config.model,
+                path="" if config.prefill_s is not None else config.model,
                 device=config.device,
+                runner="transformers" if config.prefill_s is None else "simulated",
+                simulated=Simulation(
+                    num_layers=config.num_layers,
+                    num_kv_heads=config.layout.num_kv_heads,
+                    head_dim=config.layout.head_dim,
+                    seconds_per_prefill_token=(config.prefill_s or 0.0) / config.num_tokens,
+                ),
                 dtype=config.dtype,
                 max_num_batched_tokens=-(-config.num_tokens // config.num_chunks),
                 num_threads=1,
@@ -133,7 +143,7 @@ def main() -> None:
     os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing stays behind, however the run ends.
     config = msgspec.json.decode(text, type=Config)
-    if role in ("model", "engine"):
+    if role == "model" or (role == "engine" and config.prefill_s is None):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()

@@ -24,7 +24,8 @@ LAYOUT = KvLayout(num_layers=8, num_kv_heads=8, head_dim=128, block_size=16, dty
 PAGE_BYTES = LAYOUT.block_size * LAYOUT.slot_bytes
 NUM_ROWS = 2 * LAYOUT.num_layers
 """Pages of a block."""
-NUM_BLOCKS = 1024
+NUM_BLOCKS = int(os.environ.get("TRANSFER_BLOCKS", "1024"))
+"""Of each pool: 512 MiB, two of the largest jobs. Tests have smaller ones."""
 MIB = 1 << 20
 POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE (linux/mman.h, since 5.14), which Python's mmap has no name for yet."""

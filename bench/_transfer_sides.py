@@ -1,9 +1,11 @@
 """The sides of bench/transfer.py while they run: their processes, and the pools that all of them map."""
 
+import contextlib
 import importlib.util
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ MOVE_S = 60.0
 """A process that is not ready, or a job not done, by then is an error."""
 NEEDS = {"ucx": "ucxx", "gloo": "torch", "NIXL": "nixl_cu13", "NIXL packed": "nixl_cu13"}
 HERE = Path(__file__).parent
+ON_THE_BUS = ("shared pool", "shm", "ucx")
+"""Sides whose links must be heard of all the time. The others stand still while it is not their turn: a thread that
+polls for nothing would take a core from who is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +100,39 @@ class Side:
         self._cores = cores
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> None:
-        """Start the far end, then the near one."""
-        self._far, facts = self._start("far", self._cores.far, "")
-        self._near, _ = self._start("near", self._cores.near, facts)
+    def start_far(self) -> None:
+        """Begin to start the far end."""
+        # From the main thread: when the thread ends that started a process, so does the process (PR_SET_PDEATHSIG).
+        self._far = self._start("far", self._cores.far, "")
 
-    def _start(self, role: str, cores: tuple[int, ...], facts: str) -> tuple["subprocess.Popen[bytes]", str]:
+    def start_near(self) -> None:
+        """Wait for the far end, and begin to start the near one, which is told what that says of itself."""
+        self._near = self._start("near", self._cores.near, self._ready(self._far))
+
+    def await_ready(self) -> None:
+        """Wait for the near end."""
+        self._ready(self._near)
+        self._signal(signal.SIGSTOP)
+
+    def _start(self, role: str, cores: tuple[int, ...], facts: str) -> "subprocess.Popen[bytes]":
         fds = self._pools.fds
         arguments = [self.name, role, ",".join(map(str, cores)), *map(str, fds), str(self._folder), facts]
         command = [sys.executable, str(HERE / "_transfer_side.py"), *arguments]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds)
         self._processes.append(process)
+        return process
+
+    def _ready(self, process: "subprocess.Popen[bytes]") -> str:
+        """Wait until a process takes orders; return what it says of itself."""
         word, _, facts = self._line(process, START_S).decode().strip().partition(" ")
         if word != "ready":
-            raise RuntimeError(f"{self.name}: the {role} end did not start, it said {word!r}")
-        return process, facts
+            raise RuntimeError(f"{self.name}: an end did not start, it said {word!r}")
+        return facts
 
-    def move(self, job: Job) -> Moved:
+    def move(self, job: Job, *, is_checked: bool = True) -> Moved:
         """Have a job done, and look whether it was. Returns the time of the near end, the CPU of both."""
         self._pools.change(job.seed)
+        self._signal(signal.SIGCONT)
         line = msgspec.json.encode(job) + b"\n"
         self._tell(self._far, line)
         self._line(self._far, MOVE_S)
@@ -121,9 +140,15 @@ class Side:
         moved = msgspec.json.decode(self._line(self._near, MOVE_S), type=Moved)
         self._tell(self._far, b"\n")
         moved.cpu_s += msgspec.json.decode(self._line(self._far, MOVE_S), type=Moved).cpu_s
-        if moved.num_bytes is None and self.name != "memcpy":
+        self._signal(signal.SIGSTOP)
+        if is_checked and moved.num_bytes is None and self.name != "memcpy":
             self._pools.check(self.name, moved.blocks or job.blocks())
         return moved
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.name not in ON_THE_BUS:
+            for process in self._processes:
+                process.send_signal(number)
 
     def _tell(self, process: "subprocess.Popen[bytes]", line: bytes) -> None:
         assert process.stdin is not None
@@ -146,4 +171,5 @@ class Side:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with contextlib.suppress(OSError):  # It has not read all that it was told.
+                        pipe.close()

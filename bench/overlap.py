@@ -11,11 +11,12 @@ when nothing is left to compute), plus 5%. ``serial`` is that prefill alone, and
 ``tail`` is what is sent after the last layer was computed (``Sent.tail_s``): under two groups' worth.
 
 ``--device cuda`` does it between two engines' pools on one GPU, with no limit: then the total is held against 1.05
-times the prefill alone. Where there is no CUDA device it says so and ends.
+times the prefill alone. Where there is no CUDA device it says so and ends. ``--simulated`` has an engine that sleeps
+instead of computing: then nothing but the pipeline is measured, and neither cores nor memory are fought for.
 """
 
 import contextlib
-import importlib.util
+import ctypes
 import os
 import random
 import select
@@ -67,7 +68,7 @@ class Fleet:
         self._count = 0
 
     def new_prompt(self) -> bytes:
-        return pack_tokens([self._rng.randrange(3, 1024) for _ in range(self.config.num_tokens)])
+        return pack_tokens([self._rng.randrange(3, 1000) for _ in range(self.config.num_tokens)])
 
     async def set_rate(self, bytes_per_s: float) -> None:
         await self._link.ask(SetRate(bytes_per_s))
@@ -168,15 +169,16 @@ class Processes:
         self._config = msgspec.json.encode(config).decode()
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, role: str, cores: list[int], *, word: bytes = b"ready\n") -> None:
-        """Start one, and wait for its word (none: for its end)."""
-        command = [sys.executable, str(SIDE), role, ",".join(map(str, cores)), self._config]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        self._started.append(process)
-        assert process.stdout is not None
-        is_there = select.select([process.stdout], [], [], START_S)[0]
-        if not is_there or process.stdout.readline() != word:
-            sys.exit(f"{role} did not start")
+    def start(self, cores: dict[str, list[int]], *, word: bytes = b"ready\n") -> None:
+        """Start one for each role, and wait for the word of each (none: for its end)."""
+        for role, some in cores.items():
+            command = [sys.executable, str(SIDE), role, ",".join(map(str, some)), self._config]
+            self._started.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        for role, process in zip(cores, self._started[-len(cores) :], strict=True):
+            assert process.stdout is not None
+            is_there = select.select([process.stdout], [], [], START_S)[0]
+            if not is_there or process.stdout.readline() != word:
+                sys.exit(f"{role} did not start")
 
     def close(self) -> None:
         for process in reversed(self._started):
@@ -190,10 +192,11 @@ def what_lacks(device: str) -> str:
     """Say what keeps the bench from running on a device, "" if nothing does."""
     if device == "cpu":
         return ""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
-    import torch
-
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        import torch
+    except (OSError, ImportError) as error:
+        return f"there is no CUDA here ({error})"
     return "" if torch.cuda.is_available() else "there is no CUDA device"
 
 
@@ -204,10 +207,9 @@ async def measure(config: Config, rounds: int) -> tuple[list[dict[str, Any]], li
     with contextlib.ExitStack() as stack:
         processes = Processes(config)
         stack.callback(processes.close)
-        processes.start("model", found, word=b"")
-        for role in ("p", "d"):
-            processes.start(role, others)
-        processes.start("engine", engine_cores)
+        if config.prefill_s is None:
+            processes.start({"model": found}, word=b"")
+        processes.start({"p": others, "d": others, "engine": engine_cores})
         async with Node("router") as node:
             fleet = Fleet(node, config)
             if config.device != "cpu":
@@ -223,6 +225,7 @@ def main() -> None:
         layers={"type": int, "help": "the model's layers (30, as many as SmolLM2-135M has; quick 16)"},
         chunks={"type": int, "default": 1, "help": "steps that the prompt is computed in (1)"},
         groups={"type": int, "default": 4, "help": "layer groups of a step (4)"},
+        simulated={"type": float, "metavar": "S", "help": "an engine that sleeps for S seconds instead of computing"},
         lane={"default": "shm", "help": "the kind of lane that is limited: shm, ucx (shm)"},
         device={"default": "cpu", "help": "cpu, or cuda: between two engines' pools on one GPU"},
     )
@@ -241,6 +244,7 @@ def main() -> None:
             device=options.device if is_cpu or ":" in options.device else f"{options.device}:0",
             transport=options.lane if is_cpu else "auto",
             dtype="float32" if is_cpu else "bfloat16",
+            prefill_s=options.simulated,
         )
         rows, goals = uvloop.run(measure(config, 1 if options.quick else options.rounds))
     report("overlap" if is_cpu else "overlap on a GPU", rows, goals, options.json)

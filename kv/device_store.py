@@ -81,7 +81,8 @@ class DeviceStore(PageStore):
         num_bytes: int,
         driver: CudaDriver | None = None,
     ) -> "DeviceStore":
-        """Take over the descriptor of somebody's pool on the GPU with that uuid.
+        """Take over the descriptor of somebody's pool on ``gpu``, named by its uuid: not by its place in a list
+        that every process may see differently.
 
         Raises ValueError if the memory is smaller than such a pool, CudaError if this process cannot use that GPU.
         """

@@ -193,8 +193,10 @@ class ReservationTable:
         found: dict[str, int] = {}
         for held in self._held.values():
             if held.reservation.state is State.QUARANTINED:
-                for writer in {write.writer for write in held.reservation.writes.values() if write.writer is not None}:
-                    found[writer] = found.get(writer, 0) + len(held.block_table)
+                # In order: a set of strings has another one in every process.
+                for writer in dict.fromkeys(write.writer for write in held.reservation.writes.values()):
+                    if writer is not None:
+                        found[writer] = found.get(writer, 0) + len(held.block_table)
         return found
 
     def writer_died(self, writer: str) -> None:

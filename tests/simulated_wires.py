@@ -127,6 +127,9 @@ class SimulatedWires:
         self._ends.append(_End(cable))
         return self._ends[-1]
 
+    def new_tag(self) -> int:
+        return self._network.rng.getrandbits(64)
+
     async def close(self) -> None:
         for end in self._ends:
             end.close()

@@ -44,7 +44,7 @@ LIGHT = {
     "callboard.actors.frontend.frontend": "litestar uvicorn",
 }
 """Modules that control processes load, and which heavy ones each of them may bring."""
-HEAVY = ("torch", "triton", "transformers", "litestar", "uvicorn", "ray")
+HEAVY = ("torch", "triton", "transformers", "litestar", "uvicorn", "ray", "ucxx", "ucp")
 
 FORBIDDEN = re.compile(
     r"\b(time\.(time|monotonic|perf_counter|sleep)\w*\(|random\.\w+\(|uuid\.|threading\.|os\.getpid|secrets\.|"
@@ -58,6 +58,7 @@ OUTSIDE = {
     "actors/process.py",
     "actors/supervisor.py",
     "actors/embedded_model.py",
+    "kv/lanes/ucx.py",
 }
 """Where the outside world is reached: everything else goes through its node."""
 

@@ -29,7 +29,7 @@ size = "1GiB"                           # of its pool; or a share of the memory:
 [[engine]]
 name = "prefill"
 roles = ["prefill"]                     # by default both roles
-device = "cpu:0"                        # cpu:N is pinned to the N-th core; "cpu" uses all cores
+device = "cpu:0"                        # cpu:N is pinned to the N-th core; "cpu" uses all cores; cuda:0 is a GPU
 # runner = "simulated"                  # computes nothing, answers nonsense at once: to try scripts
 # model = "smollm2-135m"                # needed where there are several models
 # count = 2                             # makes prefill-0 and prefill-1

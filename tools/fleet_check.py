@@ -136,7 +136,9 @@ def _kv(file: FleetFile) -> Iterator[Problem]:
     # Its KV are hashes, of which rounding leaves nothing.
     simulated = [index for index, engine in enumerate(file.fleet.engine) if engine.runner == "simulated"]
     if simulated and kv.wire != "auto":
-        yield Problem((*path, "wire"), f'wire = "{kv.wire}" rounds KV, which simulated engines do not survive: remove it')
+        yield Problem(
+            (*path, "wire"), f'wire = "{kv.wire}" rounds KV, and that of simulated engines is lost so: remove it'
+        )
     for index in simulated:
         if file.fleet.engine[index].dtype is not None:
             yield Problem(("engine", index, "dtype"), "a simulated engine computes no numbers: remove dtype")
@@ -152,6 +154,8 @@ def _why_no_lane(fleet: Fleet) -> str | None:
         return 'transport = "inproc" leads nowhere, because each KV manager is a process of its own:'
     if transport == "shm" and len({engine.host for engine in fleet.engine}) > 1:
         return 'transport = "shm" does not lead from one host to another:'
+    if transport == "shm" and any(engine.device.startswith("cuda") for engine in fleet.engine):
+        return 'transport = "shm" does not lead into a pool on a GPU:'
     if transport == "cuda_ipc" and any(not engine.device.startswith("cuda") for engine in fleet.engine):
         return 'transport = "cuda_ipc" leads from one pool on a GPU to another, and not every engine is on one:'
     return None

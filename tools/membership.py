@@ -58,7 +58,8 @@ class Membership:
         if names[name] == "kv_manager" and taken.host == self._host:
             sentence = f'a host "{self._host}" has joined already ({name} is at {taken.address.endpoint})'
             return f"{sentence}: pass --host with another name"
-        return f'the fleet has a "{name}" already, on {where}: give the one here another name in the fleet file'
+        here = f'give the one here another name, or write host = "{self._host}" at what of the file is this host\'s'
+        return f'the fleet has a "{name}" already, on {where}: {here}'
 
     async def require_same(self, facts: Mapping[str, ModelFacts]) -> None:
         """Make sure that the models, by name, are those of the fleet. Raises CliError."""

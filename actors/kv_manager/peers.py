@@ -12,6 +12,7 @@ from callboard.kv.lanes import (
     MAPPED,
     Lane,
     LaneOffer,
+    NoLane,
     PageWrite,
     Piece,
     WireBroken,
@@ -69,10 +70,14 @@ class Peers:
         try:
             while lanes and not peer.ready.done():
                 lanes = await self._tie(peer, address, epoch, lanes)
+            if not peer.ready.done():
+                error = NoLane(manager=address.actor, reason="none of those that this host has can be gone")
         except BusError as broken:
             error = broken
-        except (WrongPool, WiresMissing) as broken:
+        except WrongPool as broken:
             error = StaleReservation(reservation_id="", reason=str(broken))
+        except WiresMissing as broken:
+            error = NoLane(manager=address.actor, reason=str(broken))
         except (OSError, ValueError, WireBroken) as broken:
             error = LinkLost(f"the pool of {address} is out of reach: {broken}")
         finally:

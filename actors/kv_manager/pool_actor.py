@@ -38,7 +38,7 @@ class PoolActor(Actor):
         transport: str = "auto"
         """The kind of lane that pages go and come by; "auto" is the best one that both managers have."""
         wire_dtype: str = ""
-        """What pages are packed as on their way here, where they are packed (kv/packing.py); "" as the pool has them."""
+        """What pages are packed as on their way here, where they are packed (kv/packing.py); the pool's if empty."""
         verify: bool = False
         """Whether pages that arrive are held against their senders' digests."""
         tiers: tuple[TierSpec, ...] = ()

@@ -8,7 +8,7 @@ of it.
 
 import asyncio
 
-from callboard.actors.protocol import BadRequest, Done, TakePages, Tie, Tied
+from callboard.actors.protocol import Done, TakePages, Tie, Tied
 from callboard.bus import BusError, Call, LinkLost
 from callboard.kv.lanes import (
     INPROC,
@@ -16,6 +16,7 @@ from callboard.kv.lanes import (
     Inlet,
     LaneClosed,
     LaneOffer,
+    NoLane,
     Staging,
     WireBroken,
     WiresMissing,
@@ -92,7 +93,7 @@ class Receiver:
     async def welcome(self, message: Tie) -> tuple[Tied, Line | None]:
         """Return what a writer that ties up is told, and what it will send over if that is a wire.
 
-        Raises BadRequest where no lane leads here.
+        Raises NoLane.
         """
         manager = self._manager
         usable = usable_lanes(manager.config.transport, manager.wires, manager.store.gpu)
@@ -111,14 +112,12 @@ class Receiver:
             try:
                 invitation = await manager.wires.invite()
             except WiresMissing as error:
-                raise BadRequest(reason=str(error)) from None
+                raise NoLane(manager=manager.name, reason=str(error)) from None
             address, secret, dtype = invitation.address, invitation.secret, manager.config.wire_dtype
             offer, line = LaneOffer("ucx", address, secret, dtype=dtype), Line(invitation.inlet)
         if offer is None:
             wanted, has = ", ".join(message.lanes) or "none", ", ".join(usable) or "none"
-            raise BadRequest(
-                reason=f"no lane leads to {manager.name}: it has {has}, and {wanted} can be gone from here"
-            )
+            raise NoLane(manager=manager.name, reason=f"it has {has}, and its peer {wanted}")
         return Tied(manager.pool_path, (offer,), manager.config.layout, manager.config.num_blocks), line
 
     def begin(self, writer: str, line: Line) -> None:

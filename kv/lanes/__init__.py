@@ -13,7 +13,7 @@ from .choose import (
     open_wire_lane,
     usable_lanes,
 )
-from .contract import Lane, LaneClosed, PageWrite
+from .contract import Lane, LaneClosed, NoLane, PageWrite
 from .mapped import MappedLane
 from .pace import PAGE_S, Pace, SimulatedPace
 from .packed import PackedLane
@@ -34,6 +34,7 @@ __all__ = [
     "LaneClosed",
     "LaneOffer",
     "MappedLane",
+    "NoLane",
     "Pace",
     "PackedLane",
     "PageWrite",

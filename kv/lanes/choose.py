@@ -17,7 +17,6 @@ from .cuda_ipc import CudaIpcLane
 from .mapped import MappedLane
 from .pace import Pace
 from .packed import PackedLane
-from .ucx import new_tag
 from .wire import Announce, Wires
 
 INPROC = "inproc:"
@@ -119,4 +118,4 @@ async def open_wire_lane(
     dtype = offer.dtype or layout.dtype
     packed_bytes(layout, 1, 1, dtype)
     wire = await wires.connect(offer.address, offer.secret)
-    return PackedLane(offer.kind, wire, announce, dtype=dtype, new_tag=new_tag, on_break=on_break)
+    return PackedLane(offer.kind, wire, announce, dtype=dtype, new_tag=wires.new_tag, on_break=on_break)

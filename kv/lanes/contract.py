@@ -4,8 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from callboard.bus import Refusal
 from callboard.kv.layout import SlotRun
 from callboard.kv.page_store import PageStore
+
+
+class NoLane(Refusal):
+    """No lane leads from one manager to the other: they have none in common, or what it takes is not installed."""
+
+    sentence = "no lane leads to {manager}: {reason}"
 
 
 class LaneClosed(Exception):

@@ -1,7 +1,7 @@
 """Over which network device pages go: the one with the address that a node was told to listen at.
 
-UCX would choose by itself, and may take one that both hosts have and neither can reach the other by, such as the bridge
-that Docker gives the same address everywhere.
+UCX would choose by itself among all that seem to lead to the other host, and several at a time; the address says which
+network pages are meant for.
 """
 
 import os

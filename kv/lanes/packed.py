@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from callboard.bus import BusError, Refusal
 from callboard.kv.layout import KvLayout, SlotRun
-from callboard.kv.packing import SCALED_TOKENS, pack, packed_bytes
+from callboard.kv.packing import CONVERTED_BYTES, SCALED_TOKENS, pack, packed_bytes
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import cut_runs
 
@@ -19,7 +19,7 @@ from .staging import Staging
 from .wire import TRAILER_BYTES, Announce, Piece, Wire, WireBroken
 
 PIECE_BYTES = 4 << 20
-"""The most bytes of pages in a message, if one token of one layer is not more: packing it takes 0.7 ms. Every message costs as much besides."""
+"""The most bytes of pages in a message: packing it takes 0.7 ms, and each costs as much besides (bench/transfer.py)."""
 NUM_BUFFERS = 3
 """Messages of a lane: one is packed while one is in flight and one is unpacked."""
 
@@ -57,7 +57,10 @@ class PackedLane:
         under_way: dict[asyncio.Future[None], None] = {}
         num_bytes = 0
         try:
-            for begin, end, layers in cut_pages(store.layout, pages, self.wire_dtype, self._piece_bytes):
+            piece_bytes = self._piece_bytes
+            if self.wire_dtype != store.layout.dtype:  # Converting takes longer, and nobody else runs meanwhile.
+                piece_bytes = min(piece_bytes, max(CONVERTED_BYTES, packed_bytes(store.layout, 1, 1, self.wire_dtype)))
+            for begin, end, layers in cut_pages(store.layout, pages, self.wire_dtype, piece_bytes):
                 buffer = await self.staging.take()
                 try:
                     piece = self._pack(store, pages, begin, end, layers, buffer)

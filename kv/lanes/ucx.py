@@ -49,17 +49,15 @@ def host_of(endpoint: str) -> str:
     return endpoint.removeprefix("tcp://").rpartition(":")[0]
 
 
-def new_tag() -> int:
-    """Return a tag that nobody can guess."""
-    return secrets.randbits(64)
-
-
 def _load() -> Any:
     """Import the library. Raises WiresMissing."""
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # It would warn of its own on machines without a driver.
     for name in LIBRARIES:
         if importlib.util.find_spec(name) is not None:
-            library = importlib.import_module(name)
+            try:
+                library = importlib.import_module(name)
+            except (ImportError, OSError) as error:
+                raise WiresMissing(f"{name} is installed, but cannot be loaded: {error}") from None
             # It would print a traceback for each stranger at the door.
             logging.getLogger("ucx").setLevel(logging.CRITICAL)
             return library
@@ -77,7 +75,7 @@ class Ucx:
     def __init__(self, library: Any) -> None:
         self._library = library
         self._under_way: dict[asyncio.Future[Any], None] = {}
-        self._discarding: dict[Any, None] = {}
+        self._discarding: dict[Any, asyncio.Future[None]] = {}
 
     @classmethod
     async def open(cls) -> "Ucx":
@@ -93,18 +91,18 @@ class Ucx:
         """Return a listener at a free port of every address of this host."""
         return self._library.create_listener(accept, 0)
 
-    async def connect(self, host: str, port: int) -> Any:
+    async def connect(self, host: str, port: int, *, timeout_s: float = SHOW_S) -> Any:
         """Return an endpoint. Raises WireBroken."""
         try:
-            return await self._library.create_endpoint(host, port)
+            return await self._library.create_endpoint(host, port, connect_timeout=timeout_s)
         except Exception as error:  # The library's own, which have no common base in all its versions.
             raise WireBroken(f"no endpoint at {host}:{port}: {_words(error)}") from None
 
-    def discard(self, endpoint: Any) -> None:
-        """Close an endpoint: what is under way on it ends with an error."""
+    def discard(self, endpoint: Any) -> "asyncio.Future[None]":
+        """Close an endpoint, and with it what is under way on it; the future is done when it is closed."""
         if endpoint not in self._discarding:
-            self._discarding[endpoint] = None
-            self.see_out(self._abort(endpoint))
+            self._discarding[endpoint] = self.see_out(self._abort(endpoint))
+        return self._discarding[endpoint]
 
     def see_out(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Future[T]":
         """Run what must not be given up half way; ``close`` waits for it."""
@@ -184,8 +182,15 @@ class UcxInlet:
         done, _ = await asyncio.wait((self._endpoint,), timeout=SHOW_S)
         if not done:
             raise WireBroken("the sender has not shown itself")
-        receiving = self._endpoint.result().recv(buffer, tag=tag, force_tag=True)
-        await asyncio.shield(self._ucx.see_out(_carried(receiving)))
+        await asyncio.shield(self._ucx.see_out(self._receive(self._endpoint.result(), tag, buffer)))
+
+    async def _receive(self, endpoint: Any, tag: int, buffer: memoryview) -> None:
+        try:
+            await _carried(endpoint.recv(buffer, tag=tag, force_tag=True))
+        except WireBroken:
+            # The sender may have been told to write into the buffer: it cannot once its connection is no more.
+            await self._ucx.discard(endpoint)
+            raise
 
     def close(self) -> None:
         if self.is_closed:
@@ -264,18 +269,22 @@ class UcxWires:
     def is_usable(self) -> bool:
         return is_installed()
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, show_s: float = SHOW_S) -> None:
         self._host = host
+        self._show_s = show_s
         self._ucx: asyncio.Task[Ucx] | None = None
         self._listener: UcxListener | None = None
         self._wires: dict[UcxWire, None] = {}
         self._inlets: dict[UcxInlet, None] = {}
         self._tasks = Tasks(lambda error: None)  # Raised where it is awaited.
 
+    def new_tag(self) -> int:
+        return secrets.randbits(64)
+
     async def invite(self) -> Invitation:
         ucx = await self._open()
         if self._listener is None:
-            self._listener = UcxListener(ucx, self._host)
+            self._listener = UcxListener(ucx, self._host, show_s=self._show_s)
         invitation = self._listener.invite()
         assert isinstance(invitation.inlet, UcxInlet)
         self._inlets = {inlet: None for inlet in self._inlets if not inlet.is_closed}
@@ -287,11 +296,11 @@ class UcxWires:
         host, _, port = address.rpartition(":")
         if not port.isdecimal() or len(secret) != 2 * KEY_BYTES:
             raise WireBroken(f"{address} is no address of a wire")
-        endpoint = await ucx.connect(host.strip("[]"), int(port))
+        endpoint = await ucx.connect(host.strip("[]"), int(port), timeout_s=self._show_s)
         try:
-            await _within(SHOW_S, ucx, endpoint, endpoint.send(memoryview(secret[:KEY_BYTES])))
+            await _within(self._show_s, ucx, endpoint, endpoint.send(memoryview(secret[:KEY_BYTES])))
             shown = memoryview(bytearray(KEY_BYTES))
-            await _within(SHOW_S, ucx, endpoint, endpoint.recv(shown))
+            await _within(self._show_s, ucx, endpoint, endpoint.recv(shown))
             if not secrets.compare_digest(shown, secret[KEY_BYTES:]):
                 raise WireBroken(f"somebody else listens at {address}")
         except BaseException:
@@ -306,8 +315,10 @@ class UcxWires:
         opening, self._ucx = self._ucx, None
         if self._listener is not None:
             self._listener.close()
-        for end in (*self._wires, *self._inlets):
-            end.close()
+        for wire in self._wires:
+            wire.close()
+        for inlet in self._inlets:
+            inlet.close()
         self._wires.clear()
         self._inlets.clear()
         self._listener = None

@@ -81,6 +81,9 @@ class Wires(Protocol):
     async def connect(self, address: str, secret: bytes) -> Wire:
         """Dial a receiver. Raises WiresMissing, WireBroken."""
 
+    def new_tag(self) -> int:
+        """Return 64 bits that nobody can guess."""
+
     async def close(self) -> None:
         """End everything, and return when it has ended. A repeat does nothing."""
 

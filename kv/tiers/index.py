@@ -22,8 +22,8 @@ class _Entry:
 class TierIndex:
     """Keys of blocks with their sizes, bounded by ``most_bytes``; decides, and touches no block itself.
 
-    ``root`` is the parent of first blocks. "Recently" counts additions and touches, not seconds. Of a chain the tail goes first: a prefix is worth more than
-    its continuation, which nobody finds without it.
+    ``root`` is the parent of first blocks. "Recently" counts additions and touches, not seconds. Of a chain the tail
+    goes first: a prefix is worth more than its continuation, which nobody finds without it.
     """
 
     def __init__(self, most_bytes: int, root: bytes) -> None:

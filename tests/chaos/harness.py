@@ -134,6 +134,7 @@ class _Run:
                 self.load.start(asking)
             if await self._all_end() and await self._all_hear() and await self._all_settles(may_quarantine=True):
                 world.is_calm, world.hub.weather, world.has_watched = True, Weather(), True
+                world.mend_wires()
                 await send_everywhere(world)
                 for asking in self._last_requests():
                     self.load.start(asking)

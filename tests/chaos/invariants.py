@@ -36,8 +36,10 @@ def broken_now(world: World) -> Iterator[str]:
 def _lent_to_others(name: str, engine: Any, manager: Any) -> Iterator[str]:
     """Yield blocks that an engine has, although by its manager's books it has not, or not any more."""
     blocks = manager.blocks
-    account = blocks._engines.get(name) or blocks._lost.get(name)
-    if account is None or account.incarnation != engine.node.incarnation:
+    accounts = [blocks._engines.get(name), *blocks._lost.values()]
+    incarnation = engine.node.incarnation
+    account = next((each for each in accounts if each is not None and each.incarnation == incarnation), None)
+    if account is None:
         return
     has = set(engine.scheduler.slab.blocks)
     for sequence in engine.scheduler._order:

@@ -126,6 +126,8 @@ class Schedule:
     faults: tuple[Fault, ...]
     num_host_blocks: int = 0
     """Room for evicted blocks in each manager's memory; 0: they are lost."""
+    wires_break: float | None = None
+    """Pages go packed over wires, which break with this chance at each fragment; None: pools are mapped."""
 
     @property
     def managers(self) -> dict[str, str]:
@@ -136,7 +138,8 @@ class Schedule:
         lines = [
             f"seed {self.seed}: engines {' '.join(self.engines)}{' on one device' if self.is_shared else ''}, "
             f"script {Path(self.script).stem}, {self.num_blocks} blocks, room for {self.num_host_blocks} more outside, "
-            f"leases of {self.lease_s:g} s",
+            f"leases of {self.lease_s:g} s"
+            + ("" if self.wires_break is None else f", pages over wires ({self.wires_break:.0%} of fragments lost)"),
             f"  engine: {', '.join(f'{key}={value}' for key, value in self.engine.items() if key != 'simulated')}",
             f"  {self.engine['simulated']}",
             f"  {self.weather}, {'one host' if self.is_one_host else 'a host each'}, {self.links}",
@@ -188,7 +191,15 @@ def draw(seed: int) -> Schedule:
     )
     num_faults = rng.choice([0, 1, 1, 2, 2, 3, 4, 6])
     faults = tuple(_fault(rng, schedule) for _ in range(num_faults))
-    return _with_a_tier(replace(schedule, faults=faults))
+    return _over_wires(_with_a_tier(replace(schedule, faults=faults)))
+
+
+def _over_wires(schedule: Schedule) -> Schedule:
+    """Have some fleets send their pages as between hosts. Drawn apart, too."""
+    rng = Random(f"wires/{schedule.seed}")
+    if rng.random() < 0.65:
+        return schedule
+    return replace(schedule, wires_break=rng.choice([0.0, 0.01]) if schedule.faults else 0.0)
 
 
 def _with_a_tier(schedule: Schedule) -> Schedule:

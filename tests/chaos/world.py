@@ -9,6 +9,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, cast
 
+from simulated_wires import WireNetwork
+
 from callboard.actors.actor import Actor
 from callboard.actors.directory import Directory
 from callboard.actors.engine.engine import Engine
@@ -20,6 +22,7 @@ from callboard.bus import Address, Node, Ref, VirtualClock
 from callboard.bus.taps import RECEIVED, SENT, WHAT, Row, TapRecord
 from callboard.bus.testing import SimulatedProcess
 from callboard.bus.transports.sim import SimHub, SimTransport
+from callboard.kv.lanes import WIRES
 from callboard.kv.tiers import TierSpec
 from callboard.router.actor import RouterActor
 
@@ -177,6 +180,11 @@ class World:
         """The watcher has seen enough, and leaves."""
         self.num_seen = self.num_stories = 0
         self.hub = SimHub(schedule.seed, weather=schedule.weather, is_one_host=schedule.is_one_host)
+        self.wires = WireNetwork(
+            VirtualClock(), Random(f"wires of {schedule.seed}"), break_share=schedule.wires_break or 0.0
+        )
+        if schedule.wires_break is not None:
+            self.hub.exchange[WIRES] = self.wires
         self.machines: dict[str, Machine] = {}
         self.problems: list[str] = []
         self.log: list[tuple[Any, ...]] = []
@@ -196,7 +204,14 @@ class World:
         for name in sorted(set(schedule.managers.values())):
             tiers = (TierSpec("host", schedule.num_host_blocks * layout.block_bytes),)
             tiers = tiers if schedule.num_host_blocks else ()
-            config = KvManager.Config(name, layout, schedule.num_blocks, lease_s=schedule.lease_s, tiers=tiers)
+            config = KvManager.Config(
+                name,
+                layout,
+                schedule.num_blocks,
+                lease_s=schedule.lease_s,
+                tiers=tiers,
+                transport="auto" if schedule.wires_break is None else "ucx",
+            )
             self._add(name, "kv_manager", {name: lambda config=config: KvManager(config)})
         for name, manager in schedule.managers.items():
             engine = Engine.Config(
@@ -250,6 +265,10 @@ class World:
 
     def _router(self) -> RouterActor:
         return RouterActor(RouterActor.Config(script=self.schedule.script))
+
+    def mend_wires(self) -> None:
+        """Have no wire break any more."""
+        self.wires.break_share = 0.0
 
     # ---- the record ----------------------------------------------------------------------------------------------
 

@@ -61,6 +61,34 @@ def test_the_operator_equals_its_reference(decodes, chunks, block_size, heads, w
     assert torch.equal(step["pool"], expected_pool)
 
 
+def on_the_host(step):
+    """Return what a pool on a GPU comes with besides: the lengths on the CPU, and whether slots are left out."""
+    lens = torch.zeros(2, len(step["query_start"]), dtype=torch.int64)
+    lens[0, :-1], lens[1] = step["context_lens"], step["query_start"]
+    num_unwritten = int((step["slots"] < 0).sum())
+    return {"host_lens": lens, "split": torch.tensor([*step["split"].tolist(), num_unwritten])}
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("num_unwritten", [0, 2])
+def test_lengths_on_the_host_change_nothing(window, num_unwritten):
+    step = arguments([400, 3, 0, 17, 390, 5], [(5, 9), (0, 3)], 16, 2, 2, 0, num_unwritten=num_unwritten)
+    expected_pool = step["pool"].clone()
+    expected = paged_attention_reference(**{**step, "pool": expected_pool}, window=window)
+    actual = paged_attention(**{**step, **on_the_host(step)}, window=window)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    assert torch.equal(step["pool"], expected_pool)
+
+
+def test_chunks_are_cut_by_the_lengths_on_the_host_alone():
+    # On a GPU, asking the other ones would wait for everything launched before.
+    step = arguments([], [(5, 9), (0, 3), (40, 7)], 16, 2, 2, 0)
+    expected = paged_attention_reference(**{**step, "pool": step["pool"].clone()})
+    nothing = {"context_lens": torch.zeros(3, dtype=torch.int64), "query_start": torch.zeros(4, dtype=torch.int64)}
+    actual = paged_attention(**{**step, **on_the_host(step), **nothing})
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
 def test_one_long_decode_among_short_ones_equals_the_reference():
     step = arguments([400, 3, 0, 17, 390, 5], [], 16, 2, 2, 0)
     expected = paged_attention_reference(**{**step, "pool": step["pool"].clone()})

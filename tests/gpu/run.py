@@ -4,8 +4,9 @@
     python3 tests/gpu/run.py --list                    what it would run
     python3 tests/gpu/run.py --only survival           some of it
 
-It wants a Python with torch for CUDA, Triton, transformers, numpy, msgspec, pyzmq, uvloop and rich, and for what goes
-over UCX ucxx. On a machine without a network, the missing ones are brought as wheels in a folder and installed beside:
+It wants a Python (3.11 or newer) with torch for CUDA, Triton, transformers, numpy, pytest, rich, uvloop, msgspec and
+pyzmq, and for what goes over UCX ucxx-cu13, libucxx-cu13, libucx-cu13 and librmm-cu13. On a machine without a network
+the missing ones are brought as wheels in a folder, and installed beside:
 
     python3 -m pip install -q --no-index --no-deps --target /tmp/site WHEELS/*.whl
     PYTHONPATH=/tmp/site python3 tests/gpu/run.py --json FILE
@@ -23,6 +24,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,6 +79,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
+def run_to_end(words: list[str], limit_s: float) -> tuple[int, str]:
+    """Run a program; return its exit code and what it printed. Raises TimeoutExpired; then no process of it is left."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, _ = process.communicate(timeout=limit_s)
+            return process.returncode, out
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, _ = process.communicate()
+            raise subprocess.TimeoutExpired(words, limit_s, out) from None
+
+
 def run_part(part: Part, device: str, limit_s: float) -> dict[str, Any]:
     """Run a part as a process of its own; return its rows and goals, and what went wrong."""
     result: dict[str, Any] = {"part": part.name, "rows": [], "goals": [], "problem": ""}
@@ -88,21 +105,13 @@ def run_part(part: Part, device: str, limit_s: float) -> dict[str, Any]:
             words = [__file__, "--part", part.name, "--device", device, "--json", str(file)]
         begin = time.perf_counter()
         try:
-            done = subprocess.run(
-                [sys.executable, *words],
-                env=environment(),
-                timeout=limit_s,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                result["problem"] = f"it ended with {done.returncode}: {(done.stderr or done.stdout)[-1500:]}"
+            code, out = run_to_end([sys.executable, *words], limit_s)
+            if code:
+                result["problem"] = f"it ended with {code}: {out[-1500:]}"
             elif not file.exists():
-                result["problem"] = f"it wrote nothing: {(done.stderr or done.stdout)[-500:]}"
+                result["problem"] = f"it wrote nothing: {out[-500:]}"
         except subprocess.TimeoutExpired as error:
-            said = error.stderr if isinstance(error.stderr, bytes) else b""
-            result["problem"] = f"it was not done after {limit_s:.0f} s: {said[-800:].decode(errors='replace')}"
+            result["problem"] = f"it was not done after {limit_s:.0f} s: {error.output[-800:]}"
         result["seconds"] = round(time.perf_counter() - begin, 1)
         if file.exists():
             found = json.loads(file.read_text())

@@ -35,7 +35,6 @@ LAYOUT = KvLayout(num_layers=4, num_kv_heads=8, head_dim=128, block_size=16, dty
 NUM_BLOCKS = int(os.environ.get("SURVIVAL_BLOCKS", "256"))
 NUM_BYTES = NUM_BLOCKS * LAYOUT.block_bytes
 PEEKED_BYTES = 4096
-MOST_FILLED = 8 << 30
 QUEUED_WRITES = 20_000
 STEP_S = 60.0
 
@@ -175,7 +174,7 @@ def fill(_: str) -> None:
     memory = Memory()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     memory.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-    size = min(MOST_FILLED, free.value * 9 // 10)
+    size = free.value * 9 // 10
     memory.allocate(size)
     memory.fill(0xEE, size)
     say(size)

@@ -42,6 +42,7 @@ async def receive(places: tuple[str, ...]) -> None:
     wires = UcxWires("127.0.0.1")
     invitation = await wires.invite()
     print(invitation.address, invitation.secret.hex(), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)  # The sender is there; it is not waited for longer than seconds.
     tag = 1
     for place in places:
         for size in SIZES:
@@ -63,6 +64,7 @@ async def send(address: str, secret: str, places: tuple[str, ...]) -> None:
 
     wires = UcxWires("127.0.0.1")
     wire = await wires.connect(address, bytes.fromhex(secret))
+    print("connected", flush=True)
     tag = 1
     for place in places:
         for size in SIZES:
@@ -81,12 +83,15 @@ def rows(device: str = "cuda:0") -> list[dict[str, Any]]:
     places = PLACES if device != "cpu" else ("cpu",)
     pipe = subprocess.PIPE
     command = [sys.executable, __file__]
-    receiver = subprocess.Popen([*command, "receive", *places], stdout=pipe, stderr=pipe, text=True)
+    receiver = subprocess.Popen([*command, "receive", *places], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert receiver.stdout is not None
     invitation = receiver.stdout.readline().split()
-    sender = subprocess.Popen([*command, "send", *invitation, *places], stdin=pipe, stderr=pipe, text=True)
+    words = [*command, "send", *invitation, *places]
+    sender = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert sender.stdout is not None
+    sender.stdout.readline()
     try:
-        out, errors = receiver.communicate(timeout=100)
+        out, errors = receiver.communicate("\n", timeout=50)
         sender.communicate("\n", timeout=20)
         problem = errors[-500:] if receiver.returncode else ""
     except subprocess.TimeoutExpired:

@@ -38,7 +38,7 @@ name = "demo"
 http = "127.0.0.1:0"
 bus = "tcp://{address}:{port}"
 keys = "keys"
-silent = "1s"
+silent = "2s"
 [models.tiny]
 path = "model"
 [defaults.kv]
@@ -111,8 +111,7 @@ class JoinedFleet:
         )
         self._reader = threading.Thread(target=self._read, args=(self._agent,), daemon=True)
         self._reader.start()
-        answer = self.complete([1, 2, 3])
-        assert not answer["error"], answer
+        self.until(lambda: not self.complete([1, 2, 3])["error"])
 
     def up(self) -> None:
         """Start the fleet on ``a``."""
@@ -145,7 +144,7 @@ class JoinedFleet:
         state = {"XDG_STATE_HOME": str(self.folder / f"state-{host.name}")}
         return {**base, **runtime, **state, "XDG_CACHE_HOME": str(self.folder / "cache")}
 
-    def callboard(self, host: Host, *words: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def callboard(self, host: Host, *words: str, timeout: float = 150.0) -> subprocess.CompletedProcess[str]:
         """Run a command on a host."""
         return subprocess.run(
             host.words(sys.executable, "-P", "-m", "callboard.tools.cli", *words, folder=self.folder),

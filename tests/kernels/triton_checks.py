@@ -1,5 +1,7 @@
 """Every kernel of pages_triton.py against its torch reference, as a program: one line of JSON for each check.
 
+    python tests/kernels/triton_checks.py [PART OF A NAME]
+
 On a GPU if there is one; else with TRITON_INTERPRET=1, which counts only if it is set before Triton is imported: that
 is why this is a process of its own.
 """
@@ -39,12 +41,15 @@ def any_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randint(info.min, info.max + 1, shape, generator=random).to(bits).view(dtype)
 
 
-def kv(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return what KV looks like, with anything in between, and a layer of zeros."""
-    values = torch.randn(shape, generator=random).to(dtype)
-    values = torch.where(torch.rand(shape, generator=random) < 0.05, any_bits(shape, dtype), values)
-    values[:, 1, :2] = 0
-    return values
+def kv(shape: tuple[int, ...], dtype: torch.dtype, faint: float = 0.0) -> Tensor:
+    """Return what KV looks like, with anything among the keys; of values, the first 16 slots are made ``faint``."""
+    values = torch.randn(shape, generator=random)
+    values[:, 1].flatten(1, 2)[:, :16] *= faint
+    values = values.to(dtype)
+    strange = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e-44, -0.0, 60000.0]).to(dtype)
+    some = torch.randint(len(strange), shape, generator=random)
+    rate = torch.tensor([0.05, 0.0])[:, None, None, None, None]
+    return torch.where(torch.rand(shape, generator=random) < rate, strange[some], values)
 
 
 def require_same(got: Tensor, expected: Tensor) -> None:
@@ -69,10 +74,12 @@ def both(name: str, *arguments: Any, outputs: tuple[int, ...]) -> None:
 
 
 def check_gather(dtype: torch.dtype, wire: torch.dtype) -> None:
-    pool, slots = kv((2, 2, 5, 4, 3, 8), dtype), SlotTable.of_runs(RUNS, "cpu").slots
-    packed = torch.zeros(1, 2, 19, 2, 8).to(wire)
-    scales = torch.zeros(1, 2, 2) if wire.itemsize == 1 else None
-    both("gather", pool, slots, packed, LAYERS, HEADS, scales, outputs=(2,) if scales is None else (2, 5))
+    slots = SlotTable.of_runs(RUNS, "cpu").slots
+    for faint in (0.0, 1e-42) if wire.itemsize == 1 else (1.0,):
+        pool = kv((2, 2, 5, 4, 3, 8), dtype, faint)
+        packed = torch.zeros(1, 2, 19, 2, 8).to(wire)
+        scales = torch.zeros(1, 2, 2) if wire.itemsize == 1 else None
+        both("gather", pool, slots, packed, LAYERS, HEADS, scales, outputs=(2,) if scales is None else (2, 5))
 
 
 def check_scatter(wire: torch.dtype, dtype: torch.dtype) -> None:
@@ -136,21 +143,26 @@ def check_slots_wider_than_a_tile() -> None:
 
 
 def check_pool_of_more_than_2_to_the_31_elements() -> None:
-    """In memory of which only what is touched exists, on a CPU."""
-    shape = (1, 2, 1 << 17, 16, 8, 129)
-    num_elements = 2 * (1 << 17) * 16 * 8 * 129
+    """Where one layer's keys have as many, and where they have not; on a CPU only what is touched exists."""
+    for num_layers, num_blocks in ((1, 1 << 17), (2, 1 << 16)):
+        check_large_pool((num_layers, 2, num_blocks, 16, 8, 129))
+
+
+def check_large_pool(shape: tuple[int, ...]) -> None:
+    num_elements = torch.Size(shape).numel()
     if DEVICE == "cpu":
         fd = os.memfd_create("pool", os.MFD_CLOEXEC)
         os.ftruncate(fd, 2 * num_elements)
         pool = torch.frombuffer(mmap.mmap(fd, 2 * num_elements), dtype=torch.float16).view(shape)
     else:
         pool = torch.zeros(shape, dtype=torch.float16, device=DEVICE)
-    slots = torch.tensor([(1 << 21) - 1, 0, (1 << 21) - 5], device=DEVICE)
-    values = torch.randn(1, 2, 3, 8, 129, generator=random).to(torch.float16)
-    pages_triton.scatter(values.to(DEVICE), pool, slots, range(1), range(8), None)
-    assert torch.equal(pool.view(1, 2, -1, 8, 129)[:, :, slots].cpu(), values)
+    last = shape[2] * 16 - 1
+    slots, layers = torch.tensor([last, 0, last - 4], device=DEVICE), range(shape[0])
+    values = torch.randn(shape[0], 2, 3, 8, 129, generator=random).to(torch.float16)
+    pages_triton.scatter(values.to(DEVICE), pool, slots, layers, range(8), None)
+    assert torch.equal(pool.flatten(2, 3)[:, :, slots].cpu(), values)
     got = torch.zeros_like(values, device=DEVICE)
-    pages_triton.gather(pool, slots, got, range(1), range(8), None)
+    pages_triton.gather(pool, slots, got, layers, range(8), None)
     assert torch.equal(got.cpu(), values)
 
 
@@ -172,10 +184,12 @@ def checks() -> dict[str, Callable[[], None]]:
     return found
 
 
-def run() -> dict[str, str]:
-    """Run every check; return what is wrong by name, an empty string where nothing is."""
+def run(part: str = "") -> dict[str, str]:
+    """Run the checks with ``part`` in their names; return what is wrong by name, an empty string where nothing is."""
     results = {}
     for name, check in checks().items():
+        if part not in name:
+            continue
         try:
             check()
             results[name] = ""
@@ -185,5 +199,5 @@ def run() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, problem in run().items():
+    for name, problem in run(*sys.argv[1:]).items():
         print(json.dumps({"check": name, "problem": problem}))

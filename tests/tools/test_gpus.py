@@ -88,6 +88,8 @@ def test_a_pool_that_leaves_no_room_for_its_engines_is_refused(place: Any) -> No
         (TEXT, Gpus(problem="the driver is missing"), r"fleet.toml:10: .*\(the driver is missing\): write device = "),
         (TEXT.replace("cuda:0", "cuda:1"), ONE, r"there is no such GPU here, write one of cuda:0 \(Stand-in\)"),
         (TEXT.replace("cuda:0", "cuda"), ONE, r'"cuda" is no device: write "cuda:0" for the first GPU'),
+        (TEXT.replace("[defaults.kv]", '[defaults.kv]\ntransport = "shm"'), ONE, "does not lead into a pool on a GPU"),
+        (TEXT.replace("[defaults.kv]", '[defaults.kv]\ntransport = "cuda_ipc"'), ONE, "not every engine is on one"),
         (TEXT.replace('"cuda:0"', '"cuda:0"\nrunner = "simulated"'), ONE, "a simulated engine computes on the CPU"),
     ],
 )

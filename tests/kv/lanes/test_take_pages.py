@@ -9,7 +9,19 @@ from typing import Any
 import msgspec
 import pytest
 from simulated_wires import WireNetwork
-from two_managers import LAYOUT, PROMPT, Fleet, admit, finish, in_virtual_time, is_in_place, kv_bytes, prep, running, send
+from two_managers import (
+    LAYOUT,
+    PROMPT,
+    Fleet,
+    admit,
+    finish,
+    in_virtual_time,
+    is_in_place,
+    kv_bytes,
+    prep,
+    running,
+    send,
+)
 
 from callboard.actors.protocol import CloseWrite, Done, OpenWrite, Release, Reserved, TakePages, Tie
 from callboard.bus import FOREVER, LinkLost, Ref, Refusal, VirtualClock

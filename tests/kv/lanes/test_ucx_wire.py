@@ -6,8 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from callboard.kv.lanes import Invitation, UcxWires, WireBroken
-from callboard.kv.lanes.ucx import KEY_BYTES, Ucx, UcxListener, is_installed, new_tag
+from callboard.kv.lanes import TRAILER_BYTES, Invitation, PackedLane, PageWrite, Piece, UcxWires, WireBroken
+from callboard.kv.lanes.ucx import KEY_BYTES, Ucx, UcxListener, is_installed
+from callboard.kv.layout import KvLayout, SlotRun
+from callboard.kv.packing import unpack
+from callboard.kv.page_store import PageStore
+from callboard.kv.slots import cut_runs
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed: it is for Linux on x86_64")
 
@@ -50,7 +54,7 @@ async def refused(listener: UcxListener, count: int) -> None:
 async def test_messages_find_their_buffers_in_any_order(wires: UcxWires) -> None:
     invitation = await wires.invite()
     wire = await wires.connect(invitation.address, invitation.secret)
-    sent = {new_tag(): random(size) for size in (1, 8, SOME, 3 << 20, 17)}
+    sent = {wires.new_tag(): random(size) for size in (1, 8, SOME, 3 << 20, 17)}
     taken = {tag: empty(len(data)) for tag, data in reversed(sent.items())}
     receiving = [asyncio.ensure_future(invitation.inlet.receive(tag, buffer)) for tag, buffer in taken.items()]
     await asyncio.gather(*(wire.send(tag, data) for tag, data in sent.items()), *receiving)
@@ -74,9 +78,11 @@ async def test_a_listener_that_does_not_know_the_other_half_gets_no_pages(wires:
         await wires.connect(invitation.address, invitation.secret[:KEY_BYTES] + bytes(KEY_BYTES))
 
 
-async def test_nobody_at_the_address_is_an_error(wires: UcxWires) -> None:
+async def test_nobody_at_the_address_is_an_error() -> None:
+    wires = UcxWires("127.0.0.1", show_s=0.2)
     with pytest.raises(WireBroken):
         await wires.connect("127.0.0.1:1", bytes(2 * KEY_BYTES))
+    await wires.close()
 
 
 @pytest.mark.parametrize("address", ["", "nowhere", "127.0.0.1:", "127.0.0.1:port", "127.0.0.1:99999"])
@@ -177,3 +183,31 @@ async def test_a_message_that_is_too_long_is_not_taken(wires: UcxWires) -> None:
     invitation.inlet.close()
     await asyncio.wait((sending,))
     assert taken[SOME // 2 :] == bytes(SOME // 2)
+
+
+async def test_two_writes_of_a_thousand_pieces_share_a_lane(wires: UcxWires) -> None:
+    layout = KvLayout(num_layers=4, num_kv_heads=2, head_dim=8, block_size=4)
+    source, target = PageStore.in_process(layout, 512), PageStore.in_process(layout, 512)
+    source.view[:] = os.urandom(len(source.view))
+    invitation, num_pieces = await wires.invite(), 0
+
+    async def take(pages: PageWrite, piece: Piece) -> None:
+        nonlocal num_pieces
+        num_pieces += 1
+        buffer = empty(piece.num_bytes + TRAILER_BYTES)
+        await invitation.inlet.receive(piece.tag, buffer)
+        runs = cut_runs(pages.target, piece.token_begin - pages.token_begin, piece.token_end - pages.token_begin)
+        unpack(target, runs, piece.layers, buffer[: piece.num_bytes], wire_dtype=piece.dtype)
+
+    wire = await wires.connect(invitation.address, invitation.secret)
+    lane = PackedLane("ucx", wire, take, dtype="float32", new_tag=wires.new_tag, piece_bytes=1 << 10)
+
+    def pages(begin: int, end: int) -> PageWrite:
+        runs = (SlotRun(begin, end - begin),)
+        return PageWrite("r", "e", "w", begin, end, range(4), runs, runs)
+
+    written = await asyncio.gather(lane.write(source, pages(0, 1000)), lane.write(source, pages(1000, 2048)))
+    assert sum(written) == len(source.view)
+    assert num_pieces >= 1000
+    assert target.view == source.view
+    assert lane.staging.num_lent == 0

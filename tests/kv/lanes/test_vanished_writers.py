@@ -1,9 +1,11 @@
 """A writer on another host that is heard of no more: nobody can prove it dead, and it can harm nobody."""
 
-from two_managers import Fleet
+import asyncio
 
-from callboard.actors.protocol import CloseWrite
-from callboard.bus import LinkLost, Refusal
+from two_managers import PROMPT, Fleet, prep, send
+
+from callboard.actors.protocol import CloseWrite, Release
+from callboard.bus import FOREVER, LinkLost, Refusal
 
 from .test_take_pages import by_hand, over_wires
 
@@ -33,3 +35,21 @@ async def test_blocks_that_a_vanished_host_was_writing_over_a_wire_come_back(fle
         except Refusal:
             pass
         assert manager.blocks.counts().free == 16
+
+
+@over_wires()
+async def test_a_link_that_breaks_in_the_middle_of_a_write_ends_it_at_both_ends(fleet: Fleet) -> None:
+    clock, p, d = fleet.nodes["d"].clock, fleet.actors["p"], fleet.actors["d"]
+    for number, (breaks, peer) in enumerate([("p", "d"), ("d", "p"), ("p", "d")]):
+        reserved = await fleet.at("d").ask(prep(PROMPT, 10, request_id=f"r{number}"))
+        sending = asyncio.ensure_future(fleet.at("p").ask(send(reserved, PROMPT), timeout=FOREVER))
+        while not (lines := list(d._receiver._lines.values())) or not lines[0].staging.num_lent:
+            await clock.sleep(1e-4)
+        hang_up(fleet, breaks, peer)  # The wire is whole.
+        await asyncio.wait((sending,), timeout=5)
+        assert isinstance(sending.exception(), LinkLost)
+        await clock.sleep(5)
+        assert not lines[0].staging.num_lent
+        assert p._sender.lanes() == {}
+        await fleet.at("d").ask(Release(reserved.kv))
+        assert (await fleet.stats("d")).free == 16

@@ -156,7 +156,7 @@ def test_a_loan_of_other_tokens_is_not_grafted():
         pool.manager.graft(loan, held.reservation.id, "w")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_an_adopter_finds_what_copying_would_have_brought(data: st.DataObject):
     size = data.draw(st.integers(1, 5), "block_size")

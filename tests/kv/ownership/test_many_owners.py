@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from small_world import Asked, Scope, World
 
-NUM_EXAMPLES = int(os.environ.get("CALLBOARD_TEST_EXAMPLES", "40"))
+NUM_EXAMPLES = int(os.environ.get("CALLBOARD_TEST_EXAMPLES", "20"))
 
 LIKELY = {"reserve": 4, "open": 16, "complete": 40, "graft": 12, "adopt": 4, "lend": 4, "computed": 20, "finish": 4}
 """Else hardly anything would come to its end before somebody gives it up, or dies."""

@@ -171,3 +171,48 @@ def test_a_file_is_whole_from_its_first_moment(tmp_path: Path) -> None:
     run_virtual(test)
     assert len(seen) > 20
     assert not any(seen)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from callboard.bus.testing import run_virtual
+from tier_disks import Disks, names, write
+
+async def main():
+    disks = Disks(Path(sys.argv[1]))
+    tier = await disks.tier(50)
+    print("writing", flush=True)
+    for begin in range(0, 1 << 30, 40):
+        await write(tier, names(begin, 10))
+
+run_virtual(main)
+"""
+
+
+def test_two_managers_that_are_killed_while_they_write_leave_nothing_bad(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "writing\n"
+        disks = Disks(tmp_path)
+        seen: set[str] = set()
+        while len(seen) < 150:  # By then they have written over each other's files, and removed them.
+            seen.update(path.name for path in disks.files() if path.suffix == ".kv")
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+    async def test() -> None:
+        tier = await disks.tier(50)
+        assert 30 <= len(tier.index) <= 50
+        chains = (names(begin, 10) for begin in range(0, 1 << 20, 40))
+        found = [chain for chain in chains if chain[0] in tier]
+        assert sum([await read(tier, chain) for chain in found]) >= 30
+        assert tier.num_bad == 0
+
+    run_virtual(test)
