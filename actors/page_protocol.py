@@ -62,7 +62,7 @@ class TakePages(Ask[Done], frozen=True):
     """A packed piece of an open write comes over the tie's lane under ``tag``; answered when it is in its slots.
 
     It holds the KV of the tokens ``[token_begin, token_end)`` for layers ``[layer_begin, layer_end)``, in
-    ``num_bytes`` bytes (kv/packing.py). Raises StaleReservation if the write is not open, BadRange.
+    ``num_bytes`` bytes (kv/packed_form.py). Raises StaleReservation if the write is not open, BadRange.
     """
 
     reservation_id: str

@@ -11,6 +11,7 @@ from typing import Any
 
 from .device_store import DeviceStore
 from .layout import SlotRun
+from .packed_form import SCALED, packed_bytes
 from .slots import num_slots
 
 WARMED_TOKENS = (1, 32, 33)
@@ -69,7 +70,7 @@ class DevicePages:
             return self._stream.record_event()
 
     def pack(self, store: DeviceStore, runs: Sequence[SlotRun], layers: range, out: memoryview, dtype: str) -> None:
-        """Gather slots into host memory, laid out as kv/packing.py says; returns when they are there."""
+        """Gather slots into host memory, laid out as packed_form.py says; returns when they are there."""
         with self._torch.cuda.stream(self._stream):
             staged, values, scales = self._staged(store, runs, layers, dtype)
             self._kernels.gather_pages(store.tensor(), self._table(runs), values, layers=layers, scales=scales)
@@ -91,8 +92,6 @@ class DevicePages:
 
     def _staged(self, store: DeviceStore, runs: Sequence[SlotRun], layers: range, dtype: str) -> tuple[Any, Any, Any]:
         """Return a buffer on the GPU, and the packed values and scales (None if there are none) in it."""
-        from .packing import SCALED, packed_bytes
-
         torch, layout, count = self._torch, store.layout, num_slots(runs)
         staged = torch.empty(packed_bytes(layout, count, len(layers), dtype), dtype=torch.uint8, device=self._device)
         shape = (len(layers), 2, count, layout.num_kv_heads, layout.head_dim)

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import CorruptPages, KvLayout, SlotRun
-from .packing import pack, packed_bytes, unpack
+from .packed_form import packed_bytes
+from .packing import pack, unpack
 from .page_store import PageStore
 from .slots import cut_runs, num_slots
 

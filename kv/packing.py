@@ -1,10 +1,7 @@
 """Pages packed for the wire, and pages between pools of different dtypes.
 
-A packed piece is the KV of some tokens for a range of layers, ``[num_layers, 2, num_tokens, num_kv_heads, head_dim]``
-in the wire's dtype, which may be another than the pool's: float32, bfloat16, float16, or float8_e4m3, which is followed
-by float32 scales ``[num_layers, 2, ceil(num_tokens / 16)]``, one for each 16 tokens of the piece. Values are rounded as
-kernels/pages_numpy.py says. Block sizes do not matter here: a slot is a slot. A pool on a GPU is packed there
-(device_pages.py), to the same bytes.
+packed_form.py says what a packed piece looks like, kernels/pages_numpy.py how values are rounded. Block sizes do not
+matter here: a slot is a slot. A pool on a GPU is packed there (device_pages.py), to the same bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,26 +9,12 @@ from typing import Any
 
 from .device_store import DeviceStore
 from .layout import DTYPE_BYTES, KvLayout, SlotRun
+from .packed_form import SCALED, SCALED_TOKENS, packed_bytes
 from .page_store import PIECE_BYTES, PageStore
 from .slots import SlotCopy, num_slots
 
-SCALED = "float8_e4m3"
-SCALED_TOKENS = 16
-"""Tokens that share a scale."""
-WIRE_DTYPES = {**DTYPE_BYTES, SCALED: 1}
-"""What KV can be packed as, and the bytes of an element."""
 CONVERTED_BYTES = PIECE_BYTES // 4
 """The most bytes converted without letting the event loop run: a conversion takes some four times as long as a copy."""
-
-
-def packed_bytes(layout: KvLayout, num_tokens: int, num_layers: int, wire_dtype: str) -> int:
-    """Return how many bytes a packed piece takes. Raises ValueError for what KV cannot be packed as."""
-    width = WIRE_DTYPES.get(wire_dtype)
-    if width is None:
-        raise ValueError(f"KV cannot be packed as {wire_dtype!r}, only as {', '.join(WIRE_DTYPES)}")
-    num_rows = 2 * num_layers
-    num_scales = num_rows * -(-num_tokens // SCALED_TOKENS) if wire_dtype == SCALED else 0
-    return num_rows * num_tokens * layout.num_kv_heads * layout.head_dim * width + 4 * num_scales
 
 
 def pack(store: PageStore, runs: Sequence[SlotRun], layers: range, out: memoryview, *, wire_dtype: str) -> int:

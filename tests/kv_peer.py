@@ -18,7 +18,8 @@ from callboard.actors.protocol import Done, GetKvStats, KvStats, PrepRecv, Remot
 from callboard.bus import Address, Ask, LinkConfig, Message, Node, Ref
 from callboard.kv.lanes import ucx
 from callboard.kv.layout import KvLayout, SlotRun
-from callboard.kv.packing import pack, packed_bytes
+from callboard.kv.packed_form import packed_bytes
+from callboard.kv.packing import pack
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import num_slots
 from callboard.kv.tokens import pack_tokens

@@ -75,7 +75,7 @@ class KvManager(PoolActor):
     def __init__(self, config: PoolActor.Config) -> None:
         super().__init__(config)
         self.engines = Attachments(self)
-        self._sender = Sender(self, self.engines)
+        self._sender = Sender(self, self.engines, lambda loan: self.warming.fill_loan(loan))
         self._receiver = Receiver(self)
         self._writers = Writers(self, self._receiver)
         self._leased = asyncio.Event()

@@ -2,7 +2,6 @@
 
 import asyncio
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,9 +16,6 @@ from callboard.kv.slots import slot_runs
 from callboard.kv.tiers import TierSpec
 
 from .queue import BlockQueue
-
-if TYPE_CHECKING:
-    from .warming import Warming
 
 
 class PoolActor(Actor):
@@ -53,7 +49,6 @@ class PoolActor(Actor):
     wires: Wires
     """Where pages go that cannot be mapped."""
     queue: BlockQueue
-    warming: "Warming"
 
     def __init__(self, config: Config) -> None:
         self.config = config

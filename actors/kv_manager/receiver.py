@@ -25,7 +25,8 @@ from callboard.kv.lanes import (
     usable_lanes,
 )
 from callboard.kv.layout import BadRange, SlotRun, StaleReservation
-from callboard.kv.packing import packed_bytes, unpack
+from callboard.kv.packed_form import packed_bytes
+from callboard.kv.packing import unpack
 from callboard.kv.reservation import State
 from callboard.kv.slots import slot_runs
 

@@ -6,7 +6,7 @@ an engine may still write into it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -61,13 +61,14 @@ Repeated = tuple[str, int, str, str, str, int, int]
 
 
 class Sender:
-    """Serves RemoteSend for one manager."""
+    """Serves RemoteSend for one manager. ``fill`` brings what a loan lacks from the tiers, as far as it is there."""
 
-    def __init__(self, manager: PoolActor, engines: Attachments) -> None:
+    def __init__(self, manager: PoolActor, engines: Attachments, fill: Callable[[Loan], Awaitable[Loan]]) -> None:
         self.is_stopping = False
         """Whether nobody is to be told anything any more: the ties end, and that says it all."""
         self._manager = manager
         self._engines = engines
+        self._fill_loan = fill
         self._peers = Peers(manager)
         self._under_way: dict[Repeated, asyncio.Future[Sent]] = {}
         self._answers: dict[Repeated, Sent] = {}
@@ -120,7 +121,7 @@ class Sender:
                 message.wait_s,
             )
             try:
-                loan = await manager.warming.fill_loan(loan)
+                loan = await self._fill_loan(loan)
             except BaseException:
                 manager.end_loan(loan)
                 raise

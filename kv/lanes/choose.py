@@ -8,7 +8,7 @@ import msgspec
 
 from callboard.kv.device_store import DeviceStore
 from callboard.kv.layout import KvLayout
-from callboard.kv.packing import packed_bytes
+from callboard.kv.packed_form import packed_bytes
 from callboard.kv.page_store import PageStore
 from callboard.kv.pool_socket import WrongPool, fetch_pool
 

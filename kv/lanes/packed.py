@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from callboard.bus import BusError, Refusal
 from callboard.kv.layout import KvLayout, SlotRun
-from callboard.kv.packing import CONVERTED_BYTES, SCALED_TOKENS, pack, packed_bytes
+from callboard.kv.packed_form import SCALED_TOKENS, packed_bytes
+from callboard.kv.packing import CONVERTED_BYTES, pack
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import cut_runs
 

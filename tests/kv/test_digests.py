@@ -12,7 +12,8 @@ from callboard.bus import AskTimeout
 from callboard.kv.digests import Digests
 from callboard.kv.lanes import Pace
 from callboard.kv.layout import CorruptPages, KvLayout, SlotRun
-from callboard.kv.packing import pack, packed_bytes, unpack
+from callboard.kv.packed_form import packed_bytes
+from callboard.kv.packing import pack, unpack
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import slot_runs
 from callboard.kv.tokens import unpack_tokens

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callboard.kv.layout import KvLayout, SlotRun
-from callboard.kv.packing import WIRE_DTYPES, convert, pack, packed_bytes, unpack
+from callboard.kv.packed_form import WIRE_DTYPES, packed_bytes
+from callboard.kv.packing import convert, pack, unpack
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import num_slots, pair_runs
 

@@ -12,7 +12,8 @@ from callboard.bus.testing import run_virtual
 from callboard.kv.lanes import TRAILER_BYTES, Inlet, LaneClosed, PackedLane, PageWrite, Piece, WireBroken
 from callboard.kv.lanes.packed import NUM_BUFFERS, cut_pages
 from callboard.kv.layout import KvLayout, SlotRun
-from callboard.kv.packing import packed_bytes, unpack
+from callboard.kv.packed_form import packed_bytes
+from callboard.kv.packing import unpack
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import cut_runs
 
