@@ -150,7 +150,12 @@ async def running_fleet(
                 kv_node = await fleet.node(kv_name)
                 manager = KvManager(
                     KvManager.Config(
-                        name=kv_name, layout=own_layout, num_blocks=num_blocks, device="cpu", lease_s=lease_s
+                        name=kv_name,
+                        layout=own_layout,
+                        num_blocks=num_blocks,
+                        device="cpu",
+                        lease_s=lease_s,
+                        fingerprint="tiny",
                     )
                 )
                 own_directory = kv_node.ref(directory.address)
@@ -160,6 +165,7 @@ async def running_fleet(
             config = Engine.Config(
                 name=name,
                 model="tiny",
+                fingerprint="tiny",
                 path=str(model),
                 roles=roles_of(name),
                 manager=ref.address,

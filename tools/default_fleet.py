@@ -24,7 +24,9 @@ path = "embedded"                       # or a directory, a .gguf file, or a hub
 size = "1GiB"                           # of its pool; or a share of the memory: "20%"
 # transport = "ucx"                     # by default the best there is between two managers: "shm" on one machine
 # wire = "bfloat16"                     # pages over UCX rounded to bfloat16, or to a quarter: "float8_e4m3"
+# verify = true                         # pages are held against their sender's digests before they are used
 # lease = "10s"                         # how long a reservation waits for its pages
+# tiers = [{{ kind = "disk", path = "cache", size = "8GiB" }}]  # keeps what pools have no room for; or kind = "host"
 
 [[engine]]
 name = "prefill"

@@ -127,6 +127,8 @@ def parse_listen(text: str) -> tuple[str, int]:
         endpoint = endpoint_at(str(ipaddress.ip_address(text.strip("[]"))), 0)
     except ValueError:
         endpoint = f"tcp://{text}"
+        if _TCP.fullmatch(endpoint) is None:
+            raise ValueError(f'"{text}" is no address: write for example 10.0.0.2, or 10.0.0.2:7100') from None
     return split_bus(endpoint)
 
 

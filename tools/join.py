@@ -105,7 +105,8 @@ def _part_of(file: FleetFile, host: str, fleet: RunningFleet, bus: str) -> Fleet
     whole = file.fleet
     hosts = hosts_of(whole)
     if hosts and host not in hosts:
-        raise CliError(f'{file.source} has nothing for host "{host}", but for {", ".join(hosts)}: pass --host')
+        others = ", ".join(hosts)
+        raise CliError(f'{file.source} has nothing for host "{host}", but for {others}: pass --host {hosts[0]}')
     if not hosts:
         engines = tuple(msgspec.structs.replace(each, host=host) for each in whole.engine)
         actors = tuple(msgspec.structs.replace(each, host=host) for each in whole.actor)

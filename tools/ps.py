@@ -197,8 +197,8 @@ def _print(fleet: FleetRows, *, is_wide: bool) -> None:
             console.print(f"{row.name}: {row.quarantined_blocks} of the used blocks are quarantined", markup=False)
         if row.detail:
             console.print(f"{row.name}: {row.detail}", markup=False)
-    for pid in dict.fromkeys(row.pid for row in fleet.actors if row.num_strangers):
-        rows = [row for row in fleet.actors if row.pid == pid]
+    for node in dict.fromkeys(row.node for row in fleet.actors if row.num_strangers):
+        rows = [row for row in fleet.actors if row.node == node]
         names, num = ", ".join(row.name for row in rows), max(row.num_strangers or 0 for row in rows)
         were = "connection without the fleet's keys was" if num == 1 else "connections without the fleet's keys were"
         console.print(f"{names}: {num} {were} turned away", markup=False)

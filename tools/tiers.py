@@ -1,5 +1,6 @@
 """The tiers of a fleet file: whether they make sense, and what each KV manager is told of them."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,15 +60,29 @@ def _check_directory(file: FleetFile, tier: Tier, path: KeyPath) -> Iterator[Pro
     if not tier.path:
         yield Problem(path, 'a tier of kind "disk" needs a directory: write for example path = "cache"')
         return
-    directory = tier_directory(file, tier)
     try:
-        if not directory.exists():
-            return  # It is made when the fleet starts.
-        reason = why_open(directory, directory.stat()) if directory.is_dir() else f"{directory} is no directory"
+        reason = _why_not_in(tier_directory(file, tier))
     except OSError as error:
-        reason = f"cannot look at {directory}: {error.strerror}"
+        reason = f"cannot look at {tier.path} ({(error.strerror or str(error)).lower()}): name another directory"
     if reason:
         yield Problem((*path, "path"), f"path: {reason}")
+
+
+def _why_not_in(directory: Path) -> str:
+    """Return why blocks cannot be kept there, and what to do; empty if they can. Raises OSError."""
+    if not directory.exists():  # It is made when the fleet starts.
+        there = next(parent for parent in directory.parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            return f"{directory} cannot be made in {there}: name a directory where you may write"
+        return ""
+    other = "name a directory that is not there yet"
+    if not directory.is_dir():
+        return f"{directory} is no directory: {other}"
+    reason = why_open(directory, directory.stat())
+    if reason and any(each.suffix != ".kv" for each in directory.iterdir()):
+        # Nobody should close /etc to the others because of us.
+        return f"others can read {directory}, and it is not for blocks alone: {other}"
+    return reason and f"{reason}, or {other}"
 
 
 def _disk_bytes(directory: Path) -> int:

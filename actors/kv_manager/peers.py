@@ -6,7 +6,7 @@ When the receiving manager dies, its lane is closed, also under those who write.
 import asyncio
 
 from callboard.actors.protocol import TakePages, Tie, Tied
-from callboard.bus import FOREVER, Address, BusError, LinkLost, Ref
+from callboard.bus import FOREVER, Address, BusError, LinkLost, Ref, current_call
 from callboard.bus.calls import enter_call
 from callboard.kv.lanes import (
     MAPPED,
@@ -118,7 +118,9 @@ class Peers:
         assert keeper is not None
 
         async def announce(pages: PageWrite, piece: Piece) -> None:
-            # Without a deadline: the pages are on their way, whoever has stopped waiting for them.
+            # Without the call's deadline: the pages are on their way, whoever has stopped waiting for them.
+            if (call := current_call()) is not None:
+                enter_call(manager.node.root(manager.name, call.request_id, span=call.span, trace=call.trace))
             await peer.ref.ask(_taking(pages, piece), timeout=FOREVER)
 
         return await open_wire_lane(offer, manager.wires, announce, layout=tied.layout, on_break=keeper.cancel)

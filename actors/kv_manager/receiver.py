@@ -37,7 +37,7 @@ MOST_PIECE_BYTES = 4 << 20
 NUM_BUFFERS = 4
 """Messages of one tie that are received at a time."""
 MOST_TAGS = 4096
-"""The tags that a tie remembers: each is good for one message."""
+"""The tags that a tie remembers: each is good for one message. No more can be announced at a time."""
 
 
 class Line:
@@ -46,6 +46,8 @@ class Line:
     def __init__(self, inlet: Inlet) -> None:
         self.staging = Staging(NUM_BUFFERS, MOST_PIECE_BYTES + TRAILER_BYTES)
         self.is_closed = False
+        self.num_announced = 0
+        """Messages that are to arrive."""
         self._inlet = inlet
         self._tags: dict[int, None] = {}
 
@@ -141,16 +143,16 @@ class Receiver:
             raise LinkLost("there is no tie over whose lane these pages could come")
         try:
             self._check(message)
-            if line.knows(message.tag):
-                raise BadRange(
-                    begin=message.token_begin,
-                    end=message.token_end,
-                    num_tokens=message.token_end,
-                    reason="these pages were announced before",
-                )
+            reason = "these pages were announced before" if line.knows(message.tag) else ""
+            if line.num_announced >= MOST_TAGS:
+                reason = f"{MOST_TAGS} others are still to come"
+            if reason:
+                begin, end = message.token_begin, message.token_end
+                raise BadRange(begin=begin, end=end, num_tokens=end, reason=reason)
         except BadRange:
             line.close()  # What it sends will never be taken: whoever does that is better off without a wire.
             raise
+        line.num_announced += 1
         arrival = self._manager.spawn(self._arrive(message, line, call.caller_incarnation))
         # Shielded: a message on its way cannot be called back, and its buffer is lent until it is here.
         failed = await asyncio.shield(arrival)
@@ -185,6 +187,7 @@ class Receiver:
         try:
             buffer = await line.staging.take()
         except LaneClosed:
+            line.num_announced -= 1
             return LinkLost("the tie ended before the pages arrived")
         try:
             await line.receive(message.tag, message.num_bytes, buffer)
@@ -195,6 +198,7 @@ class Receiver:
         except BusError as error:
             return error
         finally:
+            line.num_announced -= 1
             line.staging.give(buffer)
         return None
 

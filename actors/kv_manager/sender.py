@@ -145,8 +145,10 @@ class Sender:
             if loan.engine is not None:
                 try:
                     computed = await self._compute(write, transfer, loan)
-                except Refusal:
-                    raise  # The engine says no: it is not writing.
+                except Refusal as error:
+                    # The engine says no: it is not writing. The receiver says it of pages, in the midst of a step.
+                    is_still_lent = transfer.has_failed_with(error)
+                    raise
                 except BaseException:
                     is_still_lent = True
                     raise

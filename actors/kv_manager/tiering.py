@@ -88,6 +88,7 @@ class Tiering:
             for spill, tier in self._tiers():
                 if name in tier:
                     tier.index.touch((name.key,))
+                    spill.remove(name)  # Others have written it meanwhile: in this place will soon be something else.
                 else:
                     spill.evicting(name, block)
 

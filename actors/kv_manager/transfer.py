@@ -107,6 +107,10 @@ class Transfer:
         """Whether every layer of every token is in place."""
         return self._num_sent >= (self._write.end - self._write.begin) * self._write.layout.num_layers
 
+    def has_failed_with(self, error: BaseException) -> bool:
+        """Return whether this is what a part failed with."""
+        return self._error is error
+
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error

@@ -51,8 +51,9 @@ class PackedLane:
         self._new_tag = new_tag
         self._on_break = on_break
         self._piece_bytes = piece_bytes
-        self._is_closed = False
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._announcing: dict[asyncio.Future[None], None] = {}
+        self._sending: dict[asyncio.Future[None], None] = {}
 
     async def write(self, store: PageStore, pages: PageWrite) -> int:
         under_way: dict[asyncio.Future[None], None] = {}
@@ -83,7 +84,8 @@ class PackedLane:
         return True  # The receiver takes the slots from its own books.
 
     def close(self) -> None:
-        self._is_closed = True
+        if not self._closed.done():
+            self._closed.set_result(None)
         self.staging.close()
         self._wire.close()
         for announcing in self._announcing:
@@ -92,7 +94,7 @@ class PackedLane:
     def _pack(
         self, store: PageStore, pages: PageWrite, begin: int, end: int, layers: range, buffer: memoryview
     ) -> Piece:
-        if self._is_closed or store.is_closed:
+        if self._closed.done() or store.is_closed:
             raise LaneClosed
         runs = cut_runs(pages.source, begin - pages.token_begin, end - pages.token_begin)
         tag = self._new_tag()
@@ -101,16 +103,20 @@ class PackedLane:
         return Piece(begin, end, layers, tag, num_bytes, self.wire_dtype)
 
     async def _deliver(self, pages: PageWrite, piece: Piece, buffer: memoryview) -> None:
-        """Send a packed piece; returns when it is in place there, and always once its buffer is free again."""
+        """Send a packed piece; returns when it is in place there, or the lane is closed."""
+        if self._closed.done():
+            self.staging.give(buffer)
+            raise LaneClosed
         announcing = asyncio.ensure_future(self._tell(pages, piece))
         self._announcing[announcing] = None
+        self._sending[sending := asyncio.ensure_future(self._carry(piece, buffer))] = None
+        sending.add_done_callback(self._sending.pop)
         try:
-            try:
-                # Whatever the receiver answers, it takes what was announced: so this ends, at the latest with the wire.
-                await self._wire.send(piece.tag, buffer[: piece.num_bytes + TRAILER_BYTES])
-            except WireBroken:
-                self._break()
-            self.staging.give(buffer)
+            # Whatever the receiver answers, it takes what was announced. A wire that is closed is not waited for: it
+            # reads nothing but its buffer, which nobody gets any more.
+            await asyncio.wait((sending, self._closed), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
             await asyncio.wait((announcing,))
         finally:
             announcing.cancel()
@@ -125,11 +131,20 @@ class PackedLane:
             self._break()
             raise
 
+    async def _carry(self, piece: Piece, buffer: memoryview) -> None:
+        """Send the bytes of a piece, and have its buffer back once they will not be read any more."""
+        try:
+            await self._wire.send(piece.tag, buffer[: piece.num_bytes + TRAILER_BYTES])
+        except WireBroken:
+            self._break()
+        finally:
+            self.staging.give(buffer)
+
     async def _tell(self, pages: PageWrite, piece: Piece) -> None:
         await self._announce(pages, piece)
 
     def _break(self) -> None:
-        if not self._is_closed:
+        if not self._closed.done():
             self.close()
             self._on_break()
 

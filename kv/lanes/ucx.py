@@ -27,6 +27,8 @@ log = logging.getLogger("callboard.kv.ucx")
 
 SHOW_S = 3.0
 """How long an endpoint may take to show why it is here, and a sender to find its receiver."""
+END_S = 15.0
+"""How long what is under way may take to end once its endpoint is closed: the library takes 10 s for that at most."""
 MOST_STRANGERS = 16
 """Endpoints that have not shown it yet."""
 KEY_BYTES = 16
@@ -125,9 +127,17 @@ class Ucx:
             del self._discarding[endpoint]
 
     async def close(self) -> None:
-        """Wait for every endpoint to be closed, and stop the library if nobody else has it."""
+        """Wait for every endpoint to be closed, and stop the library if nobody else has it.
+
+        What never ends is left behind, and the library goes on with it.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + END_S
         while self._under_way:
-            await asyncio.wait(self._under_way)
+            await asyncio.wait(self._under_way, timeout=until - loop.time())
+            if self._under_way and loop.time() >= until:
+                log.warning("UCX has not ended %d of its requests", len(self._under_way))
+                return
         type(self)._num_users -= 1
         if not self._num_users and hasattr(self._library, "stop_notifier_thread"):
             context = self._library.core._ctx

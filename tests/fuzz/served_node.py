@@ -58,13 +58,22 @@ async def main(directory: str) -> None:
         ref = await start_actor(node, "directory", Directory())
         for name in ("p", "d"):
             config = KvManager.Config(
-                name=f"kv-{name}", layout=LAYOUT, num_blocks=NUM_BLOCKS, lease_s=1.0, socket_dir=directory
+                name=f"kv-{name}",
+                layout=LAYOUT,
+                num_blocks=NUM_BLOCKS,
+                lease_s=1.0,
+                socket_dir=directory,
+                fingerprint="tiny",  # Else it is that of whoever attaches itself first.
             )
             manager = await start_actor(node, f"kv-{name}", KvManager(config), directory=ref)
             await start_actor(
                 node,
                 name,
-                Engine(Engine.Config(name=name, model="tiny", manager=manager.address, runner="simulated")),
+                Engine(
+                    Engine.Config(
+                        name=name, model="tiny", fingerprint="tiny", manager=manager.address, runner="simulated"
+                    )
+                ),
                 directory=ref,
             )
         await start_actor(

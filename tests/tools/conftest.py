@@ -105,7 +105,12 @@ class Place:
         fleet = state_of(self)
 
         def visit() -> str:
-            [entry] = [entry for entry in list_entries(fleet) if entry.name == "ping"]
+            pause = threading.Event()
+            for _ in range(200):  # It enters the directory a little after it is ready.
+                if found := [entry for entry in list_entries(fleet) if entry.name == "ping"]:
+                    break
+                pause.wait(0.05)
+            [entry] = found
             try:
                 return ask(fleet, entry.address, message, timeout=timeout).text
             except BusError as error:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from callboard.tools.errors import FleetFileError
 from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import decode_fleet_file
 from callboard.tools.plan import Machine, Plan, Planner
-from callboard.tools.ps import FleetRows, _row, _table
+from callboard.tools.ps import FleetRows, _print, _row, _table
 from callboard.tools.top_frame import Sample, frame_of
 from callboard.tools.top_view import view
 
@@ -118,3 +119,12 @@ def test_ps_and_top_show_hosts_where_there_are_several(host: str) -> None:
     lines = shown.get().splitlines()
     assert sum("HOST" in line for line in lines) == (2 if host else 0)
     assert sum(line.split()[:2] == ["decode", "b"] for line in lines) == (2 if host else 0)
+
+
+def test_strangers_are_said_of_the_node_that_turned_them_away(capsys: pytest.CaptureFixture[str]) -> None:
+    door, engine, there = entries("b")  # A host that has joined knows no process of the others: their pids are 0.
+    far = Address("prefill", "tcp://10.0.0.1:7001", "prefill")
+    seen = msgspec.structs.replace(door, num_strangers=3), msgspec.structs.replace(engine, address=far), there
+    rows = tuple(_row(entry, None, 0.0) for entry in seen)
+    _print(FleetRows("demo", "ready", None, (), 0, rows), is_wide=False)
+    assert "\nfrontend: 3 connections without the fleet's keys were turned away" in capsys.readouterr().out

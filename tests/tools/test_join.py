@@ -69,10 +69,10 @@ def test_a_file_that_names_no_host_is_all_of_the_host_that_joins_with_it(place: 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"host": "c"}, 'has nothing for host "c", but for b: pass --host'),
+        ({"host": "c"}, 'has nothing for host "c", but for b: pass --host b'),
         ({"host": "a b"}, '--host "a b" is no name of a host'),
         ({"listen": "0.0.0.0"}, 'nobody can dial "0.0.0.0"'),
-        ({"listen": "here"}, "is no address of a bus"),
+        ({"listen": "here"}, '--listen: "here" is no address: write for example 10.0.0.2, or 10.0.0.2:7100'),
         ({"listen": "10.0.0.2"}, "so keys are needed: name the fleet's with --keys DIR"),
         ({"address": "10.0.0.1"}, "is no address of a fleet"),
         ({"keys": "nowhere"}, "there is no key file nowhere/fleet.key: copy the fleet's there"),

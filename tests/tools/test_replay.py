@@ -72,8 +72,8 @@ def test_a_replay_decides_as_was_recorded_and_takes_as_long(
             assert old is not None
             assert new == pytest.approx(old, rel=0.05), row
     assert report.summary.num_engines_differ == report.summary.num_ranges_differ == 0
-    if script != "least_loaded":
-        assert sum(row.num_bytes[0] for row in report.requests) > 0
+    # Inside one pool blocks change hands, and nothing is copied.
+    assert (sum(row.num_bytes[0] for row in report.requests) > 0) == (script != "least_loaded" and not is_shared)
     assert sum(row.num_cached_tokens[0] or 0 for row in report.requests) > 0
 
 

@@ -43,8 +43,10 @@ BAD = [
     ('{ kind = "disk", path = "cache", size = "8KiB" }', "a tier of 8.0 KiB does not hold one block of 8.2 KiB"),
     ('{ kind = "host", sise = "1KiB" }', 'did you mean "size"?'),
     (f"{HOST}, {HOST}", 'there can be one tier of kind "host": make that one larger'),
-    ('{ kind = "disk", path = "notes.txt", size = "1GiB" }', "notes.txt is no directory"),
-    ('{ kind = "disk", path = "open", size = "1GiB" }', "is open to other users (mode 0755): run chmod 700"),
+    ('{ kind = "disk", path = "notes.txt", size = "1GiB" }', "notes.txt is no directory: name a"),
+    ('{ kind = "disk", path = "notes.txt/x", size = "1GiB" }', "notes.txt: name a directory where you may write"),
+    ('{ kind = "disk", path = "open", size = "1GiB" }', "run chmod 700"),
+    ('{ kind = "disk", path = "home", size = "1GiB" }', "for blocks alone: name a directory that is not there yet"),
 ]
 
 
@@ -67,6 +69,8 @@ def test_bad_tiers_are_refused_with_line_and_remedy(place: Any, tiers: str, word
     place.write("", "notes.txt")
     (place.folder / "open").mkdir(mode=0o755)
     (place.folder / "open").chmod(0o755)
+    (place.folder / "home" / "notes").mkdir(parents=True)
+    (place.folder / "home").chmod(0o755)
     with pytest.raises(FleetFileError) as caught:
         make(tiers, place)
     assert [problem for problem in caught.value.problems if words in problem and problem.startswith("fleet.toml:6: ")]

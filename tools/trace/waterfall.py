@@ -8,7 +8,9 @@ from .words import ms, words_of
 
 LEAST_SHARE = 0.01
 """Of the whole: what is shorter has no line, unless it is a sub-request, computes, sends, or failed."""
-ALWAYS = frozenset((*VERBS, "http", "prefill", "compute", "decode", "send", "paused", "credit"))
+ALWAYS = frozenset((*VERBS, "http", "prefill", "compute", "decode", "send", "paused", "credit", "take_pages"))
+MANY = frozenset(("take_pages",))
+"""Calls of which one sub-request may make hundreds, all alike: one line for all of them."""
 INNER = frozenset(("generate", "compute_kv", "admit"))
 """Calls whose parts say more than they do."""
 FULL, LEFT, RIGHT = "━", "╸", "╺"
@@ -107,11 +109,12 @@ def _is_shown(span: Span, story: Story, whole: float) -> bool:
 
 
 def _grouped(lines: list[Line]) -> list[Line]:
-    """Put the phases of one kind, of one actor, and for the same, on one line."""
+    """Put the phases of one kind, of one actor, and for the same, on one line; and such calls as there are many of."""
     found: dict[object, Line] = {}
     for line in lines:
         span = line.span
-        alike = span.kind == "phase" and span.name != "attempt" and not line.children
+        alike = (span.kind == "phase" and span.name != "attempt") or (span.kind == "call" and span.name in MANY)
+        alike = alike and not line.children
         key = (span.name, span.actor, id(span.parent)) if alike else id(span)
         if key in found:
             found[key].spans += line.spans

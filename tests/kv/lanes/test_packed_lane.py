@@ -197,3 +197,56 @@ def test_a_receiver_without_its_end_of_the_wire_ends_the_lane() -> None:
             await lane.write(source, pages)
 
     run_virtual(main)
+
+
+class StuckWire:
+    """Takes a message, and never lets go of it: not even when it is closed."""
+
+    async def send(self, tag: int, data: memoryview) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("is_under_way", [True, False])
+def test_a_lane_that_is_closed_waits_neither_for_its_wire_nor_for_an_answer(is_under_way: bool) -> None:
+    async def main() -> None:
+        announced: list[int] = []
+
+        async def take(pages: PageWrite, piece: Piece) -> None:
+            announced.append(piece.tag)
+            await asyncio.get_running_loop().create_future()
+
+        def new_tag() -> int:
+            if not is_under_way:  # Between packing and sending.
+                asyncio.get_running_loop().call_soon(lane.close)
+            return 1
+
+        lane = PackedLane("ucx", StuckWire(), take, dtype="float32", new_tag=new_tag)
+        source, runs = PageStore.in_process(LAYOUT, NUM_BLOCKS), (SlotRun(0, 4),)
+        writing = asyncio.ensure_future(lane.write(source, PageWrite("r", "e", "w", 0, 4, range(3), runs, runs)))
+        await asyncio.sleep(1)
+        lane.close()
+        await asyncio.wait((writing,), timeout=1)
+        assert isinstance(writing.exception(), LaneClosed)
+        assert announced == ([1] if is_under_way else [])
+
+    run_virtual(main)
+
+
+def test_a_wire_that_fails_as_none_should_ends_the_write_at_once() -> None:
+    class Faulty(StuckWire):
+        async def send(self, tag: int, data: memoryview) -> None:
+            raise RuntimeError("a fault of the library")
+
+    async def main() -> None:
+        async def take(pages: PageWrite, piece: Piece) -> None:
+            await asyncio.get_running_loop().create_future()
+
+        lane = PackedLane("ucx", Faulty(), take, dtype="float32", new_tag=lambda: 1)
+        source, runs = PageStore.in_process(LAYOUT, NUM_BLOCKS), (SlotRun(0, 4),)
+        with pytest.raises(RuntimeError):
+            await lane.write(source, PageWrite("r", "e", "w", 0, 4, range(3), runs, runs))
+
+    run_virtual(main)

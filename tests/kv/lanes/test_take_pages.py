@@ -23,6 +23,7 @@ from two_managers import (
     send,
 )
 
+from callboard.actors.kv_manager import receiver
 from callboard.actors.protocol import CloseWrite, Done, OpenWrite, Release, Reserved, TakePages, Tie
 from callboard.bus import FOREVER, LinkLost, Ref, Refusal, VirtualClock
 from callboard.bus.testing import run_virtual
@@ -225,6 +226,24 @@ async def test_pages_that_are_announced_and_never_come_are_not_waited_for_past_t
     assert not lines(fleet)
     assert line.staging.num_lent == 0
     assert (await fleet.stats("d")).problems == ()
+
+
+def test_one_that_announces_more_and_more_and_sends_nothing_loses_its_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "MOST_TAGS", 8)
+
+    @over_wires()
+    async def test(fleet: Fleet) -> None:
+        async with by_hand(fleet) as sender:
+            asking = [
+                asyncio.ensure_future(sender.d.ask(msgspec.structs.replace(sender.piece, tag=tag), timeout=FOREVER))
+                for tag in range(9)
+            ]
+            await asyncio.wait(asking, timeout=5)
+        assert all(each.done() for each in asking)
+        assert {type(each.exception()) for each in asking[:8]} == {LinkLost}
+        assert isinstance(asking[8].exception(), BadRange)
+
+    test()
 
 
 @over_wires()

