@@ -56,6 +56,8 @@ class OpenWrite(Ask[WriteOpened], frozen=True):
     write_id: str
     begin: int
     end: int
+    prompt_digest: bytes = b""
+    """Of the prompt's tokens ``[0, end)`` (kv/tokens.py): no others' KV must be sealed under the reservation's."""
 
 
 class TakePages(Ask[Done], frozen=True):

@@ -15,7 +15,7 @@ import msgspec
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.kv_manager import KvManager
 from callboard.actors.protocol import Done, GetKvStats, KvStats, PrepRecv, RemoteSend, Reserved, TakePages
-from callboard.bus import Address, Ask, LinkConfig, Message, Node, Ref
+from callboard.bus import Address, Ask, LinkConfig, LinkLost, Message, Node, Ref
 from callboard.kv.lanes import ucx
 from callboard.kv.layout import KvLayout, SlotRun
 from callboard.kv.packed_form import packed_bytes
@@ -157,7 +157,12 @@ def address(folder: Path | str, node: str, actor: str) -> Address:
 async def settled(ref: Ref, holds: Any = lambda stats: True) -> KvStats:
     """Wait until a manager's books are as they should be; return them."""
     async with asyncio.timeout(10.0):
-        while not holds(stats := await ref.ask(GetKvStats())):
+        while True:
+            try:
+                if holds(stats := await ref.ask(GetKvStats())):
+                    break
+            except LinkLost:
+                pass  # It was stopped for so long that the link to it broke: the next question dials anew.
             await asyncio.sleep(0.01)
     assert stats.problems == ()
     return stats

@@ -14,6 +14,7 @@ from callboard.kv.layout import KvLayout, StaleReservation
 from callboard.kv.page_store import PageStore
 from callboard.kv.slots import slot_runs
 from callboard.kv.tiers import TierSpec
+from callboard.kv.tokens import TOKEN_BYTES, digest_of
 
 from .queue import BlockQueue
 
@@ -96,6 +97,9 @@ class PoolActor(Actor):
     def open_write(self, message: OpenWrite, *, writer: str) -> WriteOpened:
         """Let a writer into a reservation. Raises StaleReservation, BadRange."""
         self.require_epoch(message.reservation_id, message.epoch)
+        held = self.blocks.reservations.get(message.reservation_id)
+        if message.prompt_digest and message.prompt_digest != digest_of(held.prompt[: message.end * TOKEN_BYTES]):
+            raise StaleReservation(reservation_id=message.reservation_id, reason="it was made for another prompt")
         self.blocks.reservations.open_write(
             message.reservation_id,
             message.write_id,
@@ -104,7 +108,6 @@ class PoolActor(Actor):
             writer=writer,
             now=self.node.clock.now(),
         )
-        held = self.blocks.reservations.get(message.reservation_id)
         slots = slot_runs(held.block_table, message.begin, message.end, self.config.layout.block_size)
         return WriteOpened(self.pool_path, self.config.num_blocks, slots, self.config.verify)
 

@@ -38,7 +38,7 @@ from callboard.bus.calls import enter_call
 from callboard.kv.block_manager import Loan
 from callboard.kv.layout import BadRange, StaleReservation
 from callboard.kv.slots import num_slots, resolve_range
-from callboard.kv.tokens import num_tokens, pack_tokens
+from callboard.kv.tokens import TOKEN_BYTES, digest_of, num_tokens, pack_tokens
 
 from .attachments import Attachments
 from .peers import Peers
@@ -108,7 +108,7 @@ class Sender:
     async def _send(self, message: RemoteSend, begin: int, end: int) -> Sent:
         manager, kv = self._manager, message.kv
         begin_s = manager.node.clock.now()
-        async with self._write(kv, begin, end, begin_s) as write:
+        async with self._write(message, begin, end, begin_s) as write:
             # Before an engine computes: a refusal after that would be taken for the engine's, that it writes nothing.
             slots = write.opened.slots
             if num_slots(slots) != end - begin or not write.lane.fits(slots):
@@ -226,14 +226,15 @@ class Sender:
     # ---- the receiver's side -------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _write(self, kv: KvAddr, begin: int, end: int, begin_s: float) -> AsyncIterator[OpenedWrite]:
+    async def _write(self, message: RemoteSend, begin: int, end: int, begin_s: float) -> AsyncIterator[OpenedWrite]:
         """Open the write, give leave and lane, close the write: complete if the body came to its end."""
-        manager = self._manager
+        manager, kv = self._manager, message.kv
         before = [each for each, reservation_id in self._closing.items() if reservation_id == kv.reservation_id]
         if before:  # Else an attempt would be in the way of the one that repeats it.
             await asyncio.wait(before, timeout=CLOSING_S)
         write_id = manager.node.new_id()
-        opening = OpenWrite(kv.reservation_id, kv.epoch, write_id, begin, end)
+        digest = digest_of(message.prompt[: end * TOKEN_BYTES])
+        opening = OpenWrite(kv.reservation_id, kv.epoch, write_id, begin, end, digest)
         closing = CloseWrite(kv.reservation_id, kv.epoch, write_id, is_complete=False)
         if kv.manager == manager.ref.address:
             opened = manager.open_write(opening, writer=SELF)

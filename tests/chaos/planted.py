@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from callboard.actors.engine.engine import Engine
 from callboard.actors.engine.generation import Generation
+from callboard.actors.kv_manager import sender
 from callboard.actors.kv_manager.manager import KvManager
 from callboard.actors.kv_manager.pool_actor import PoolActor
 from callboard.actors.protocol import Done, Generate, Release, Token
@@ -73,7 +74,7 @@ def a_stale_epoch_accepted() -> Iterator[None]:
     """A KV manager takes what was meant for the one before its restart.
 
     Reservations have random ids besides, so that a stale one is unknown whatever its epoch says: here they are
-    counted, so that only the epoch tells those of two starts apart.
+    counted, and writers do not say whose KV they bring, so that only the epoch tells those of two starts apart.
     """
     reserve = ReservationTable.reserve
     counts: WeakKeyDictionary[ReservationTable, int] = WeakKeyDictionary()
@@ -98,6 +99,7 @@ def a_stale_epoch_accepted() -> Iterator[None]:
         stack.enter_context(patch.object(ReservationTable, "reserve", reserve_named))
         stack.enter_context(patch.object(PoolActor, "require_epoch", accept))
         stack.enter_context(patch.object(KvManager, "on_release", on_release))
+        stack.enter_context(patch.object(sender, "digest_of", lambda data: b""))
         yield
 
 

@@ -145,6 +145,20 @@ async def test_the_slots_of_an_address_are_not_believed(slots):
         assert bytes(fleet.actors["d"].store.slot(0, 0, other.kv.slots[0].slot)) == before
 
 
+@pytest.mark.parametrize("sender", ["p", "d"], ids=["between pools", "inside a pool"])
+async def test_the_kv_of_another_prompt_is_never_sealed_under_a_reservations_own(fleet, sender):
+    reserved = await fleet.at("d").ask(prep(PROMPT))
+    another = [*PROMPT[:4], 99, *PROMPT[5:]]
+    with pytest.raises(StaleReservation, match="another prompt"):
+        await fleet.at(sender).ask(send(reserved, another))
+    assert (await fleet.stats("d")).cached == 0
+    # What lies behind the range that is sent may be anything: a script may reserve room for more.
+    await fleet.at(sender).ask(send(reserved, another, 0, 4))
+    await fleet.at(sender).ask(send(reserved, PROMPT, 4, 11))
+    admitted = await fleet.at("d").ask(admit(PROMPT, reserved.kv))
+    assert is_in_place(fleet, "d", PROMPT, unpack_tokens(admitted.block_table), 0, 11)
+
+
 async def test_an_engine_that_is_not_attached_is_unknown(fleet):
     reserved = await fleet.at("d").ask(prep(PROMPT))
     message = RemoteSend("r", 0, pack_tokens(PROMPT), reserved.kv, 0, 11, "nobody")
