@@ -139,7 +139,7 @@ class JoinedFleet:
 
     def environment(self, host: Host) -> dict[str, str]:
         """Return the environment of processes on a host."""
-        base = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "COV_"))}
+        base = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "COV_", "UCX_"))}
         runtime = {"XDG_RUNTIME_DIR": str(self.folder / f"run-{host.name}")}
         state = {"XDG_STATE_HOME": str(self.folder / f"state-{host.name}")}
         return {**base, **runtime, **state, "XDG_CACHE_HOME": str(self.folder / "cache")}
