@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 BENCH_STAMP := .venv/.bench-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check fmt bench fuzz gpu hooks clean
+.PHONY: help demo test chaos kills swaps check fmt bench fuzz gpu hooks clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,19 @@ demo: $(STAMP)  ## Serve a question through two engines and show its sub-request
 	@$(BIN)/python -m callboard.tools.demo
 
 test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest --durations=20 $(ARGS)
+	$(BIN)/python tests/side_by_side.py --durations=10 $(ARGS)
 
 SEEDS ?= 1000
 chaos: $(STAMP)  ## Simulate fleets under faults (SEEDS=10000 FIRST=0 JOBS=2); SEED=12 replays one, LOG=1 its whole log
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED) $(if $(LOG),--log),--seeds $(SEEDS) $(if $(FIRST),--first $(FIRST)) $(if $(JOBS),--jobs $(JOBS)))
+
+KILLS ?= 100
+kills: $(STAMP)  ## Kill random processes of a fleet under load (KILLS=100)
+	@PYTHONPATH=tests $(BIN)/python -m survival.kills --kills $(KILLS)
+
+SWAPS ?= 1000
+swaps: $(STAMP)  ## Swap the scripts of two routers under load (SWAPS=1000)
+	@PYTHONPATH=tests $(BIN)/python -m survival.swaps --swaps $(SWAPS)
 
 check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import msgspec
 
 from callboard.bus import Address
 
-NodeKind = Literal["control", "kv_manager", "engine", "actor"]
+NodeKind = Literal["control", "router", "kv_manager", "engine", "actor"]
 
 
 class ActorSpec(msgspec.Struct, frozen=True):

@@ -102,6 +102,8 @@ class StartGenerate(Stream[Token], frozen=True):
     sampling: SamplingParams
     begin: int | None = None
     kv: KvAddr | None = None
+    num_output_tokens: int = 0
+    """The last so many tokens of ``prompt`` are output that was sent already: go on behind them."""
 
 
 class Probed(Message, frozen=True):
@@ -293,6 +295,14 @@ class Generate(Stream[Token], frozen=True):
     sampling: SamplingParams
     priority: int = 0
     headers: dict[str, str] = {}
+    num_output_tokens: int = 0
+    """The last so many tokens of ``prompt`` are output that the client has: another router sent them."""
+    attempt: int = 0
+    """The number of the router's first attempt: no other router may have made attempts of that number or above."""
+
+
+ATTEMPTS_EACH = 65_536
+"""Numbers of attempts that each router a request is asked of has for itself."""
 
 
 class SubRequest(Message, frozen=True):

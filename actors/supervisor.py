@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
@@ -16,7 +17,7 @@ from callboard.bus.tasks import Tasks
 from .child import Child
 from .node_spec import NodeKind, NodeSpec, Status
 
-STOP_ORDER: tuple[NodeKind, ...] = ("actor", "engine", "kv_manager", "control")
+STOP_ORDER: tuple[NodeKind, ...] = ("actor", "engine", "kv_manager", "router", "control")
 MAX_BACKOFF_S = 30.0
 
 
@@ -63,24 +64,66 @@ class Supervisor:
         self._tasks = Tasks(self._broke)
         self._children: dict[str, Child] = {}
         self._specs: dict[str, NodeSpec] = {}
-        self._awaited: list[asyncio.Future[None]] = []
+        self._awaited: dict[asyncio.Future[None], None] = {}
+        self._again: dict[str, asyncio.Future[None]] = {}
+        """Nodes that are to end and start again, and who waits for them."""
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+        """Nodes that are to end and be forgotten, and who waits for it."""
+        self._kept: set[str] = set()
+        """Nodes that were not given up."""
         self._stopping = asyncio.Event()
         self._errors: list[BaseException] = []
 
     async def start(self, specs: Iterable[NodeSpec]) -> None:
         """Start nodes side by side and wait until all are ready. Raises NodeFailed for the first that is not."""
-        loop = asyncio.get_running_loop()
-        ready = self._awaited = []
-        for spec in specs:
-            self._specs[spec.name] = spec
-            ready.append(loop.create_future())
-            self._tasks.spawn(self._keep(spec, ready[-1]))
+        ready = [self._begin(spec) for spec in specs]
         try:
             async with asyncio.TaskGroup() as group:
                 for future in ready:
                     group.create_task(_result(future))
         except* NodeFailed as failures:
             raise failures.exceptions[0] from None
+        finally:
+            for future in ready:
+                self._awaited.pop(future, None)
+
+    async def restart(self, name: str) -> None:
+        """End a node in order and start it again, as its spec is now; also one that was given up.
+
+        Raises NodeFailed if it does not come up; it is tried again then, as after any failure.
+        """
+        if name in self._kept:
+            ready = self._again.get(name) or self._new_future()
+            self._again[name] = ready
+            if (child := self._children.get(name)) is not None:
+                await child.stop(self._grace_s)
+        else:
+            ready = self._begin(self._specs[name])
+        try:
+            await asyncio.shield(ready)
+        finally:
+            self._awaited.pop(ready, None)
+
+    async def remove(self, name: str) -> None:
+        """End a node in order and forget it. Unknown ones are ignored."""
+        if name not in self._specs:
+            return
+        gone = self._leaving.setdefault(name, asyncio.get_running_loop().create_future())
+        child = self._children.get(name)
+        if child is not None:
+            await child.stop(self._grace_s)
+        if name not in self._kept:
+            self._forget(name)
+        await asyncio.shield(gone)
+
+    def spec(self, name: str) -> NodeSpec | None:
+        """Return what a node is started with, None for an unknown one."""
+        return self._specs.get(name)
+
+    def change(self, spec: NodeSpec) -> None:
+        """Start the node of that name with another spec from its next start on."""
+        assert spec.name in self._specs
+        self._specs[spec.name] = spec
 
     async def stop(self) -> None:
         """End every process, kind by kind; those that do not within the grace are killed. A repeat does nothing."""
@@ -100,16 +143,55 @@ class Supervisor:
 
     # ---- one node's life ---------------------------------------------------------------------------------------
 
-    async def _keep(self, spec: NodeSpec, ready: asyncio.Future[None]) -> None:
+    def _new_future(self) -> asyncio.Future[None]:
+        future = asyncio.get_running_loop().create_future()
+        self._awaited[future] = None
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # Nobody may wait for it any more.
+        return future
+
+    def _begin(self, spec: NodeSpec) -> asyncio.Future[None]:
+        """Keep a node from now on; return what is done when it is ready."""
+        self._specs[spec.name] = spec
+        ready = self._new_future()
+        self._kept.add(spec.name)
+        self._tasks.spawn(self._keep_until_given_up(spec.name, ready))
+        return ready
+
+    async def _keep_until_given_up(self, name: str, ready: asyncio.Future[None]) -> None:
+        try:
+            await self._keep(name, ready)
+        finally:
+            self._kept.discard(name)
+            again = self._again.pop(name, None)
+            if again is not None and not again.done():
+                again.set_exception(NodeFailed(name, "it was stopped"))
+            if name in self._leaving:
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        gone = self._leaving.pop(name, None)
+        if gone is not None and not gone.done():
+            gone.set_result(None)
+        self._specs.pop(name, None)
+        self._children.pop(name, None)
+        state = self.states.pop(name, None)
+        if state is not None:
+            self._on_change(msgspec.structs.replace(state, state="stopped", pid=0))
+
+    async def _keep(self, name: str, ready: asyncio.Future[None]) -> None:
         """Start a node, and again when it fails, until it is stopped or given up."""
         clock = asyncio.get_running_loop().time
         num_failures = 0
+        is_first = True
         while True:
+            spec = self._specs[name]
+            if (again := self._again.pop(name, None)) is not None:
+                ready, num_failures = again, 0
             child = await self._spawn(spec)
             since = None
             try:
                 async with asyncio.timeout(self._ready_s):
-                    is_ready = await child.ready(lambda state, detail: self._change(spec, state, detail))
+                    is_ready = await child.ready(partial(self._change, spec))
             except TimeoutError:
                 is_ready, child.detail = False, f"it was not ready within {self._ready_s:.0f} s"
                 child.signal(signal.SIGKILL)
@@ -125,17 +207,26 @@ class Supervisor:
                         await child.ended()
                 except TimeoutError:
                     child.signal(signal.SIGKILL)
-            code = await child.ended(lambda status: self._on_kill(spec, status))
+            code = await child.ended(partial(self._on_kill, spec))
             if self._stopping.is_set():
                 self._change(spec, "stopped")
                 if not ready.done():
                     ready.set_exception(NodeFailed(spec.name, "it was stopped"))
                 return
+            if name in self._leaving:
+                if not ready.done():
+                    ready.set_exception(NodeFailed(spec.name, "it was stopped"))
+                return
             sentence = child.detail or _describe_exit(code)
             if not ready.done():
-                self._change(spec, "failed", sentence)
                 ready.set_exception(NodeFailed(spec.name, sentence, has_said_why=bool(child.detail)))
-                return
+                if is_first:
+                    self._change(spec, "failed", sentence)
+                    return
+            is_first = False
+            if name in self._again:
+                self._change(spec, "restarting", "it was asked for", restarted=True)
+                continue
             if since is not None and clock() - since >= spec.restart.forgive_s:
                 num_failures = 0
             if code == 0 or not spec.restart.is_enabled or num_failures >= spec.restart.max_restarts:
@@ -146,7 +237,7 @@ class Supervisor:
             self._change(spec, "restarting", sentence, restarted=True)
             await asyncio.sleep(min(MAX_BACKOFF_S, spec.restart.backoff_s * 2**num_failures))
             num_failures += 1
-            if self._stopping.is_set():
+            if self._stopping.is_set() or name in self._leaving:
                 return
 
     def _on_kill(self, asking: NodeSpec, status: Status) -> None:
@@ -187,7 +278,7 @@ class Supervisor:
 
     def _broke(self, error: BaseException) -> None:
         self._errors.append(error)
-        for ready in self._awaited:
+        for ready in list(self._awaited):
             if not ready.done():
                 ready.set_exception(error)
         self.fatal.set()

@@ -22,6 +22,10 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """Which of the ``n`` sequences of one request this is."""
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that is in the output so far."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it is in there."""
 
 
 class KvAddr(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +57,20 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     """Of ``free_blocks``, those that the prefix cache holds until they are needed."""
     quarantined_blocks: int = 0
     """Of the others, those that nobody may have until a writer is known to be dead. A KV manager's."""
+    num_decoding: int = 0
+    """Of ``num_running``, those whose prompt is in place: each takes a token of every step."""
+    num_uncomputed_tokens: int = 0
+    """Tokens that are still to go through the model before all that is running and waiting decodes."""
+    step_s: float = 0.0
+    """What a step takes whatever is in it; the next three are added to it (actors/engine/step_fit.py)."""
+    prefill_token_s: float = 0.0
+    decode_s: float = 0.0
+    attended_s: float = 0.0
+    """For each pair of a token that is computed and one that it attends to."""
+    prefill_share: float = 0.0
+    """Of the engine's time lately, that which went into prefill: what a decode waits for beside its own steps."""
+    num_generating: int = 0
+    """Of all that is running and waiting, what decodes here or will: the others are only computed for others."""
 
 
 class Counters(msgspec.Struct, frozen=True, array_like=True):
@@ -65,7 +83,7 @@ class Counters(msgspec.Struct, frozen=True, array_like=True):
     num_generated_tokens: int = 0
     num_preemptions: int = 0
     num_finished: dict[str, int] = {}
-    """Sequences by how they ended: stop, length, abort (its client left, too), error."""
+    """Sequences by how they ended: stop, length, abort (its client left, too), error, moved (to another engine)."""
     num_queried_tokens: int = 0
     """Tokens that were looked for in the prefix cache, once for each time that blocks were taken for them."""
     num_hit_tokens: int = 0

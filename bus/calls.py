@@ -14,7 +14,8 @@ import msgspec
 
 from .clock import Clock
 from .deadlines import Slot
-from .errors import ActorDied, AskTimeout, BusError, LinkLost, Refusal, refusal_from_wire
+from .errors import AskTimeout, BusError, LinkLost
+from .failures import fail_of
 from .frames import TELL, Cancel, Credit, Fail, Frame
 from .notes import Note, error_text
 
@@ -383,18 +384,3 @@ class Served(Call):
             self._room = asyncio.Event()
             await self._room.wait()
         self._room = None
-
-
-def fail_of(call_id: int, error: BusError) -> Fail:
-    """Return the frame that stands for an error."""
-    if isinstance(error, Refusal):
-        return Fail(call_id, "refusal", str(error), type(error).__name__, error.fields)
-    kind = "timeout" if isinstance(error, AskTimeout) else "link_lost" if isinstance(error, LinkLost) else "actor_died"
-    return Fail(call_id, kind, str(error))
-
-
-def error_of(frame: Fail) -> BusError:
-    """Return the error a Fail frame stands for."""
-    if frame.kind == "refusal":
-        return refusal_from_wire(frame.name, frame.fields, frame.text)
-    return {"actor_died": ActorDied, "timeout": AskTimeout}.get(frame.kind, LinkLost)(frame.text)

@@ -16,6 +16,9 @@ from typing import Any
 class BusError(Exception):
     """Any failure of an ask or a stream."""
 
+    is_relayed = False
+    """Whether whoever was asked lives, and says it of somebody it had asked itself."""
+
 
 class Refusal(BusError):
     """The far side says no and lives on. Give facts by keyword: ``raise OutOfBlocks(needed=8, free=3)``.

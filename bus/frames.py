@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_BATCH_BYTES = 64 * 1024
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A prompt of 128 Ki tokens is 512 KiB: nothing that belongs on the bus comes near this."""
@@ -83,7 +83,10 @@ class End(Frame, frozen=True, tag=7):
 
 
 class Fail(Frame, frozen=True, tag=8):
-    """An ask or a stream ended badly: ``kind`` is refusal, actor_died, link_lost or timeout."""
+    """An ask or a stream ended badly: ``kind`` is refusal, actor_died, link_lost or timeout.
+
+    ``name`` is the refusal's class; of another kind, "relayed" where it is said of somebody else (failures.py).
+    """
 
     id: int
     kind: str

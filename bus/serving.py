@@ -7,9 +7,10 @@ from typing import Any
 
 import msgspec
 
-from .calls import Asked, Served, enter_call, error_of, leave_call
+from .calls import Asked, Served, enter_call, leave_call
 from .complaints import Complaints
-from .errors import ActorDied, AskTimeout, BusError, LinkLost, NotUnderstood, Refusal, UnknownActor, words_of
+from .errors import BusError, NotUnderstood, Refusal, UnknownActor, words_of
+from .failures import error_of, fail_of
 from .frames import ASK, STREAM, TELL, Answer, Cancel, Credit, End, Fail, Frame, Items, Post, TracedPost
 from .link import Link
 from .mailbox import Handler, Mailbox
@@ -167,7 +168,7 @@ class Server:
         if post.kind == TELL:
             self._complaints.about(link.name, f"sent a message that was refused: {error}")
         else:
-            link.post_fail(_refusal(post.id, error))
+            link.post_fail(fail_of(post.id, error))
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -264,14 +265,8 @@ class Server:
         where = f"{served.actor}@{self._node.name}"
         if answer and served.span:
             served.note_end(error_text(error))
-        if isinstance(error, Refusal):
-            fail = _refusal(served.id, error)
-        elif isinstance(error, (AskTimeout, TimeoutError)):
-            fail = Fail(served.id, "timeout", f"{where}: {error or 'out of time'}")
-        elif isinstance(error, LinkLost):
-            fail = Fail(served.id, "link_lost", f"{where}: {error}")
-        elif isinstance(error, (ActorDied, BusError)):
-            fail = Fail(served.id, "actor_died", f"{where}: {error}")
+        if isinstance(error, BusError | TimeoutError):
+            fail = fail_of(served.id, error, f"{where}: {str(error) or 'out of time'}")
         else:
             fail = Fail(served.id, "actor_died", f"{where} crashed: {words_of(error)}")
             if answer:
@@ -289,7 +284,3 @@ def _what(task: asyncio.Task[Any]) -> str:
     frame = getattr(task.get_coro(), "cr_frame", None)
     handler = None if frame is None else frame.f_locals.get("handler")
     return f"{task.get_name()}'s {getattr(getattr(handler, 'call', None), '__qualname__', 'handler')}"
-
-
-def _refusal(call_id: int, error: Refusal) -> Fail:
-    return Fail(call_id, "refusal", str(error), type(error).__name__, error.fields)

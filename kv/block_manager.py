@@ -226,6 +226,27 @@ class BlockManager:
         attachment = self.account(engine).attachment
         return Loan(loan_id, engine, tokens, grant.block_table, grant.num_cached_tokens, attachment)
 
+    def lend_held(
+        self, engine: str, sequence_id: str, tokens: bytes, block_table: Sequence[int], attachment: str = ""
+    ) -> Loan | None:
+        """Hold the blocks of a sequence that goes on for sending: the KV of all ``tokens`` is in place there.
+
+        The last may be filled in part; its engine goes on writing behind the tokens. Returns None for a sequence
+        unknown here. Raises UnknownActor, and ValueError for a table that cannot be the sequence's.
+        """
+        account = self.account(engine, attachment)
+        lease = account.sequences.get(sequence_id)
+        if lease is None:
+            return None
+        if len(block_table) != self.allocator.blocks_for(num_tokens(tokens)):
+            raise ValueError(f"{len(block_table)} blocks are not those of {num_tokens(tokens)} tokens")
+        account.absorb(lease, block_table)
+        table = tuple(block_table)
+        self.cache.pin(table)
+        loan_id = f"send:{self._new_id()}"
+        self._loans[loan_id] = table
+        return Loan(loan_id, None, tokens, table, num_tokens(tokens))
+
     def has_computed(self, loan: Loan) -> bool:
         """Take a loan back from the engine that has computed it, for the rest of its life, and cache it.
 

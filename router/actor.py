@@ -1,51 +1,39 @@
 """The router: runs a script for every request, and gives it what no script should have to write.
 
-That is admission, the deadline, another attempt when an engine dies before the first token, the order of tokens,
-the return of everything that was taken, and the record of every sub-request.
+That is admission, the deadline, another attempt when an engine dies (recovery.py), the order of tokens (running.py),
+the return of everything that was taken (attempt.py), and the record of every sub-request (spans.py).
 """
 
-import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
-from callboard.actors.actor import Actor
+from callboard.actors.move_protocol import GetLeaving, Leaving
 from callboard.actors.protocol import BadRequest, Entry, Generate, GetSubRequests, SubRequests, Token, View
 from callboard.actors.registration import DirectoryView, Registration
-from callboard.bus import BusError, current_call
-from callboard.bus.errors import words_of
+from callboard.bus import current_call
 from callboard.bus.liveness import own_pid
-from callboard.kv.layout import BadRange
-from callboard.kv.tokens import TOKEN_BYTES
+from callboard.kv.tokens import TOKEN_BYTES, num_tokens
 
-from .attempt import MOST_ERROR, RETRIED, Attempt
 from .deadline import Deadline
-from .errors import NoEngine, QueueFull, ScriptError
-from .fleet import Fleet
+from .errors import QueueFull
+from .leaving import Departures
+from .load_streams import LoadStreams
 from .loads import Loads
-from .patience import Patience
-from .request import Request
-from .script import Script, line_in, load_script
+from .recovery import Recovery
+from .route_changes import RouteChanges
+from .routes import Routes
+from .script import Script
+from .shared import Shared
 from .spans import NUM_REQUESTS, Spans
 
-log = logging.getLogger("callboard.router")
-
-NUM_ATTEMPTS = 3
 MOST_ID = 256
 """Characters of a request's id: it is kept with each of its sub-requests."""
-CLOSE_S = 5.0
-"""How long a script may take to leave its scopes."""
-MOST_NOTE = 200
-"""Characters of a note that a record keeps."""
-EMPTY = (LookupError, ZeroDivisionError, ValueError)
-"""What choosing from no engines at all raises in a script that did not check."""
-_END: Any = object()
 
 
-class RouterActor(Actor):
+class RouterActor(RouteChanges):
     """Serves Generate by running a script. Requests keep the script they began with."""
 
     class Config(msgspec.Struct, frozen=True):
@@ -60,27 +48,54 @@ class RouterActor(Actor):
         """How long a request waits for an engine that is starting, or for another one after a death."""
         keep: int = NUM_REQUESTS
         """Requests whose sub-requests stay inspectable."""
+        routes_at: str = ""
+        """The file that holds what was set while it served, for its next start; empty: nothing is kept."""
+        is_inner: bool = False
+        """It is for scripts of other routers: what is set for all is not set for it."""
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
-        self.script = load_script(self.config.script, self.config.options)
+        config = self.config
+        self.routes = Routes(config.name, config.script, config.options, kept_at=config.routes_at)
+        self.is_inner = config.is_inner
         self.num_in_flight = 0
         self.spans = Spans(self.config.keep)
         self.loads = Loads()
         self.view: DirectoryView
+        self._shared: Shared
+        self._departures: Departures
+        self._load_streams: LoadStreams
         self._registration: Registration
         self._started_s = 0.0
 
     async def start(self) -> None:
         self._started_s = self.node.clock.now()
         self.view = DirectoryView(self, on_change=self._on_view)
-        detail = {"script": self.script.name, "version": self.script.version, "path": self.script.path}
+        self._shared = Shared(self, self.view, self.loads, self.spans, self.routes)
+        self._departures = Departures(self._shared)
+        self._load_streams = LoadStreams(self, self.loads, self._shared.events)
+        await self.start_routes(self._shared)
         pid = 0 if self.node.clock.is_virtual else own_pid()[0]
-        entry = Entry(self.config.name, "router", self.node.address_of(self.name), detail=detail, pid=pid)
+        entry = Entry(self.config.name, "router", self.node.address_of(self.name), detail=self.route_detail(), pid=pid)
         self._registration = Registration(self, entry)
+        self.routes.on_change = lambda: self._registration.update(detail=self.route_detail())
+
+    @property
+    def script(self) -> Script:
+        """The active script."""
+        return self.routes.active
 
     def _on_view(self, view: View) -> None:
-        self.loads.report(tuple(entry for entry in view.entries if entry.kind == "engine"))
+        engines = tuple(entry for entry in view.entries if entry.kind == "engine")
+        self.loads.report(engines)
+        self._shared.know(engines)
+        self._shared.events.view(engines)
+        self._load_streams.follow(engines)
+        self._departures.look()
+        self.hear_routers()
+
+    def on_get_leaving(self, message: GetLeaving) -> Leaving:
+        return self._departures.tell(message.engine)
 
     def on_get_sub_requests(self, message: GetSubRequests) -> SubRequests:
         if message.request_id is not None:
@@ -98,123 +113,20 @@ class RouterActor(Actor):
         deadline = Deadline(self.node.clock, seconds=limit_s, what=what, on_idle=call.fail)
         self.num_in_flight += 1
         try:
-            async with aclosing(self._attempts(message, deadline, begin_s)) as tokens:
+            recovery = Recovery(
+                self._shared,
+                self.routes.choose(message),
+                message,
+                deadline,
+                patience_s=self.config.patience_s,
+                is_fleet_starting=begin_s - self._started_s < self.config.patience_s,
+            )
+            async with aclosing(recovery.tokens(begin_s)) as tokens:
                 async for token in tokens:
                     yield token
         finally:
             self.num_in_flight -= 1
             deadline.close()
-
-    async def _attempts(self, message: Generate, deadline: Deadline, begin_s: float) -> AsyncGenerator[Token, None]:
-        """Run the script until it succeeds, fails for good, or has sent a token."""
-        script, clock = self.script, self.node.clock
-        is_starting = clock.now() - self._started_s < self.config.patience_s
-        patience = Patience(
-            self.view, self.loads, clock, patience_s=self.config.patience_s, is_fleet_starting=is_starting
-        )
-        number = 0
-        while True:
-            request = Request(message, attempt=number, remaining_s=deadline.remaining_s)
-            has_sent = False
-            try:
-                async with aclosing(self._run(script, request, deadline, patience, begin_s)) as tokens:
-                    async for token in tokens:
-                        has_sent = True
-                        yield token
-                return
-            except NoEngine:
-                if has_sent:
-                    raise
-                with self._waiting():
-                    is_hopeful = await patience.waits_for_engine(request, is_retry=number > 0)
-                if not is_hopeful:
-                    raise
-            except RETRIED as error:
-                number += 1
-                if has_sent or number >= NUM_ATTEMPTS:
-                    raise
-                log.warning("attempt %d follows after %r", number + 1, error, extra={"request_id": request.id})
-            begin_s = clock.now()
-
-    async def _run(
-        self, script: Script, request: Request, deadline: Deadline, patience: Patience, begin_s: float
-    ) -> AsyncGenerator[Token, None]:
-        """Run the script once; yield its tokens in order. All it took is given back when this ends."""
-        attempt = Attempt(self, request, self.loads, self.spans, begin_s)
-        error_words = ""
-        fleet = Fleet(attempt, self.view)
-        position, is_finished = 0, False
-        route: Any = None
-        try:
-            if not self.view.has_view:
-                with self._waiting():
-                    await patience.waits_for_first_view(request)
-            route = script.route(request, fleet)
-            while True:
-                # Hot: once per token (bench/serve.py).
-                with deadline:
-                    token = await anext(route, _END)
-                if token is _END:
-                    break
-                _check_token(script, token, position, is_finished)
-                is_finished = token.finish_reason is not None
-                position += 1
-                yield token
-            if not is_finished:
-                what = f"ended after {position} tokens, none of which was the last" if position else "yielded nothing"
-                raise _broke_rule(script, f"route {what}", "Yield every token of start_generate, to its end")
-        except (Exception, SystemExit) as error:  # A script's exit() ends its request, not the fleet.
-            verdict = self._verdict(script, fleet, request, error)
-            error_words = words_of(verdict)[:MOST_ERROR]
-            if verdict is error:
-                raise
-            raise verdict from error
-        finally:
-            try:
-                await self._close(script, route, attempt)
-            finally:
-                attempt.note_end(
-                    error=error_words or ("" if is_finished else "cancelled"),
-                    script=script.name,
-                    version=script.version,
-                    number=request.attempt,
-                    options=script.shown_options,
-                    **{f"why.{name}": value[:MOST_NOTE] for name, value in request.notes.items()},
-                )
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Record the body as a wait for an engine, also one that was given up."""
-        begin_s = self.node.clock.now()
-        try:
-            yield
-        finally:
-            self.node.note(current_call(), "wait", begin_s)
-
-    def _verdict(self, script: Script, fleet: Fleet, request: Request, error: Exception | SystemExit) -> Exception:
-        """Return what a failure of the script is to its client."""
-        cause = _first_cause(error)
-        if isinstance(cause, NoEngine):
-            return cause
-        if isinstance(cause, BusError) and not isinstance(cause, ScriptError | BadRange):
-            return cause
-        if fleet.lacking is not None and isinstance(cause, EMPTY):
-            return fleet.no_engine(fleet.lacking)
-        log.error("script %s failed", script.path, exc_info=error, extra={"request_id": request.id})
-        if isinstance(cause, ScriptError):
-            return cause
-        reason = str(cause) if isinstance(cause, BadRange) else f"route raised {type(cause).__name__}: {cause}"
-        return ScriptError(file=script.path, line=line_in(script.path, cause), reason=reason, remedy="")
-
-    async def _close(self, script: Script, route: Any, attempt: Attempt) -> None:
-        try:
-            if route is not None:
-                async with asyncio.timeout(CLOSE_S):
-                    await route.aclose()
-        except Exception as error:
-            log.error("script %s failed while it was closed", script.path, exc_info=error)
-        finally:
-            await attempt.close()
 
 
 def _check(message: Generate) -> None:
@@ -223,25 +135,7 @@ def _check(message: Generate) -> None:
         raise BadRequest(reason=f"a prompt of {len(message.prompt)} bytes holds no whole number of int32 ids")
     if len(message.request_id) > MOST_ID:
         raise BadRequest(reason=f"a request id of {len(message.request_id)} characters is longer than {MOST_ID}")
-
-
-def _check_token(script: Script, token: object, position: int, is_finished: bool) -> None:
-    remedy = "Yield the tokens of one start_generate as they come"
-    if not isinstance(token, Token):
-        raise _broke_rule(script, f"route yielded a {type(token).__name__} and not a Token", remedy)
-    if is_finished:
-        raise _broke_rule(script, "route yielded a token after the last one", remedy)
-    if token.position != position:
-        raise _broke_rule(script, f"route yielded position {token.position} where {position} was due", remedy)
-
-
-def _broke_rule(script: Script, reason: str, remedy: str) -> ScriptError:
-    return ScriptError(file=script.path, line=None, reason=reason, remedy=remedy)
-
-
-def _first_cause(error: Exception | SystemExit) -> Exception | SystemExit:
-    """Return the error that counts: of several raised together, the first from the bus."""
-    if not isinstance(error, ExceptionGroup):
-        return error
-    causes = [_first_cause(inner) for inner in error.exceptions]
-    return next((cause for cause in causes if isinstance(cause, BusError)), causes[0])
+    if not 0 <= message.num_output_tokens < max(1, num_tokens(message.prompt)):
+        raise BadRequest(reason=f"{message.num_output_tokens} tokens cannot be the output in this prompt")
+    if message.attempt < 0:
+        raise BadRequest(reason="attempts are counted from 0")

@@ -10,14 +10,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from callboard.actors.actor import Actor
 from callboard.actors.protocol import Entry, KvAddr, Release, SubRequest
-from callboard.bus import ActorDied, BusError, LinkLost, Ref, UnknownActor, current_call
+from callboard.bus import ActorDied, BusError, Call, LinkLost, Ref, UnknownActor, current_call
 from callboard.kv.layout import CorruptPages, StaleReservation
 
-from .loads import Loads
 from .request import Request
-from .spans import Spans
+from .shared import Shared
 
 GONE = (ActorDied, LinkLost, UnknownActor)
 """The far side is dead or out of reach, or its process lives on without it: another engine may do better."""
@@ -45,14 +43,20 @@ class Span:
 class Attempt:
     """What one run of a script holds. ``close`` gives back all of it; afterwards no verb can be called."""
 
-    def __init__(self, router: Actor, request: Request, loads: Loads, spans: Spans, begin_s: float) -> None:
-        self.node = router.node
+    def __init__(self, shared: Shared, request: Request, begin_s: float) -> None:
+        self.shared = shared
+        self.node = shared.node
         self.request = request
-        self.loads = loads
+        self.loads = shared.loads
+        self.num_seen_tokens = request.num_tokens
+        """Of the prompt's first tokens, how many this router was asked for before: engines may have them."""
+        self.cached: dict[str, int] = {}
+        """Tokens of the prompt that engines have, as far as the script has asked."""
         self.num_computed_tokens = 0
         """Prompt tokens that were computed on engines that sent them on."""
-        self._router = router
-        self._spans = spans
+        self.generations = shared.generations
+        self._router = shared.router
+        self._spans = shared.spans
         self._is_closed = False
         self._picked: dict[str, int] = {}
         self._reservations: dict[tuple[str, str], KvAddr] = {}
@@ -66,6 +70,20 @@ class Attempt:
         self._is_scripting = False
         """The verbs under way are the first after what the script did by itself: that is still to be recorded."""
 
+    @property
+    def call_served(self) -> Call | None:
+        """The request's stream, as its client asked for it."""
+        return self._call
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no verb can be called any more."""
+        return self._is_closed
+
+    def alone_s(self) -> float:
+        """Return for how long the script has waited for nothing of the fleet, in seconds."""
+        return 0.0 if self._num_verbs else self.node.clock.now() - self._script_s
+
     # ---- places in the load counts
 
     def pick(self, engine: str) -> None:
@@ -74,13 +92,18 @@ class Attempt:
             raise RuntimeError(f"request {self.request.id} has ended, its script may ask for nothing more")
         if engine not in self._picked:
             self._picked[engine] = 0
-            self.loads.take(engine)
+            self.loads.take(engine, self.request.id)
 
     def unpick(self, engine: str) -> None:
         """Take a pick back, unless a verb runs there."""
         if self._picked.get(engine) == 0:
             del self._picked[engine]
-            self.loads.give_back(engine)
+            self.loads.give_back(engine, self.request.id)
+
+    def promise(self, engine: str, begin: int, end: int, *, is_decode: bool = False) -> None:
+        """Say what the request will bring to an engine that it has picked: a range to compute, and then to decode."""
+        begin = max(begin, self.cached.get(engine, 0))
+        self.loads.promise(engine, self.request.id, num_tokens=end - begin, is_decode=is_decode)
 
     # ---- calls of verbs
 
@@ -170,6 +193,11 @@ class Attempt:
         if self._reservations.pop(_key(addr), None) is not None:
             await asyncio.shield(self.spawn_detached(self.send_release(addr)))
 
+    def release_later(self, addr: KvAddr) -> None:
+        """Give a reservation back if nobody adopted it, without waiting for it."""
+        if self._reservations.pop(_key(addr), None) is not None:
+            self.spawn_detached(self.send_release(addr))
+
     async def send_release(self, addr: KvAddr) -> None:
         """Ask a manager to take its reservation back."""
         try:
@@ -206,7 +234,7 @@ class Attempt:
             releases = [self.spawn_detached(self.send_release(addr)) for addr in self._reservations.values()]
             self._reservations.clear()
             for engine in self._picked:
-                self.loads.give_back(engine)
+                self.loads.give_back(engine, self.request.id)
             self._picked.clear()
         for release in releases:
             await asyncio.shield(release)

@@ -28,3 +28,15 @@ class QueueFull(Refusal):
     """The router has as many requests in flight as it admits. Come again later."""
 
     sentence = "{num_in_flight} requests are in flight and the router takes at most {max_queue}: try again later"
+
+
+class RouteRefused(Refusal):
+    """A change of a router's script that cannot be. Fields: reason, a sentence."""
+
+    sentence = "{reason}"
+
+
+class NoRouter(Refusal):
+    """There is no router of that name to hand a request on to. Fields: name, known (what there is)."""
+
+    sentence = "the fleet has no router {name!r} (known: {known})"

@@ -1,35 +1,50 @@
 """How long a request waits for an engine that is not there yet."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from callboard.actors.protocol import View
-from callboard.actors.registration import DirectoryView
-from callboard.bus.clock import Clock
+from callboard.bus import current_call
 
-from .loads import Loads
 from .request import Request
+from .shared import Shared
+
+PAUSE_S = 0.1
+"""Between two attempts while pools are full, or a process is coming back."""
 
 
 class Patience:
-    """One request's allowance of waiting, over all its attempts."""
+    """One request's allowance of waiting, over all its attempts. What it waits is in the request's records."""
 
-    def __init__(
-        self, view: DirectoryView, loads: Loads, clock: Clock, *, patience_s: float, is_fleet_starting: bool
-    ) -> None:
-        self._view = view
-        self._loads = loads
-        self._clock = clock
-        self._until = clock.now() + patience_s
+    def __init__(self, shared: Shared, *, patience_s: float, is_fleet_starting: bool) -> None:
+        self._view = shared.view
+        self._loads = shared.loads
+        self._node = shared.node
+        self._clock = shared.node.clock
+        self._until = self._clock.now() + patience_s
         self._is_fleet_starting = is_fleet_starting
 
     async def waits_for_first_view(self, request: Request) -> None:
         """Wait until the directory has answered once; without an answer the fleet is empty."""
         if not self._view.has_view:
-            await self._wait(request, lambda _: True, self._left(request))
+            with self._waiting():
+                await self._wait(request, lambda _: True, self._left(request))
 
     async def waits_for_engine(self, request: Request, *, is_retry: bool) -> bool:
         """Wait until other engines of the model are ready than now; return False if that is not to be expected."""
+        with self._waiting():
+            return await self._waits_for_engine(request, is_retry)
+
+    async def pauses(self, request: Request) -> bool:
+        """Wait a little, for blocks that others give back or a process that comes back; return False if it is over."""
+        if self._left(request) <= 0:
+            return False
+        with self._waiting():
+            await self._clock.sleep(min(PAUSE_S, self._left(request)))
+        return True
+
+    async def _waits_for_engine(self, request: Request, is_retry: bool) -> bool:
         entries = [e for e in self._view.entries("engine") if e.model == request.model]
         now = self._clock.now()
         suspected = [u for e in entries if (u := self._loads.suspected_until(e, now)) is not None]
@@ -62,3 +77,12 @@ class Patience:
                 await self._view.wait_for(predicate)
         except TimeoutError:
             pass
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Record the body as a wait for an engine, also one that was given up."""
+        begin_s = self._clock.now()
+        try:
+            yield
+        finally:
+            self._node.note(current_call(), "wait", begin_s)

@@ -1,7 +1,6 @@
 """The request as a script sees it, and ranges of its prompt."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from callboard.actors.protocol import Generate, SamplingParams
 from callboard.kv.layout import BadRange
@@ -25,7 +24,9 @@ class Request:
         self.headers: Mapping[str, str] = message.headers
         self.num_tokens: int = num_tokens(message.prompt)
         self.attempt: int = attempt
-        """0 at first; counted up when an engine died before the first token."""
+        """0 at first; counted up when an engine died under the request, or a KV manager."""
+        self.num_output_tokens: int = message.num_output_tokens
+        """The last so many tokens of ``prompt`` were sent to the client by earlier attempts."""
         self.packed_prompt: bytes = message.prompt
         self._prompt: list[int] | None = None
         self._remaining_s = remaining_s
@@ -34,7 +35,7 @@ class Request:
 
     @property
     def prompt(self) -> list[int]:
-        """The prompt's token ids."""
+        """The prompt's token ids, and behind them those that earlier attempts have sent."""
         if self._prompt is None:
             self._prompt = unpack_tokens(self.packed_prompt)
         return self._prompt
@@ -44,7 +45,7 @@ class Request:
         """Seconds left for this request."""
         return self._remaining_s()
 
-    def note(self, **why: Any) -> None:
+    def note(self, **why: object) -> None:
         """Put the reasons of a choice into the request's trace."""
         self.notes.update({key: str(value) for key, value in why.items()})
 

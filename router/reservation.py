@@ -46,6 +46,7 @@ class PrepRecvCall:
     async def __aexit__(self, kind: object, error: object, trace: TracebackType | None) -> None:
         if self._kv is not None:
             await self._attempt.release(self._kv.addr)
+            self._attempt.unpick(self._entry.name)
 
     async def _reserve(self) -> Reserved:
         with self._attempt.call("prep_recv", self._entry, keeps_place=True) as span:
@@ -61,6 +62,7 @@ class PrepRecvCall:
             if isinstance(outcome, BusError):
                 raise outcome
             span.facts = {"num_reused_tokens": outcome.num_cached_tokens}
+            self._attempt.shared.transfers.reserved(self._attempt.node.clock.now() - span.start_s)
             self._attempt.took(outcome.addr)
             return outcome
 

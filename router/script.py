@@ -7,7 +7,6 @@ import difflib
 import functools
 import hashlib
 import inspect
-import traceback
 import types
 import typing
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -18,8 +17,11 @@ from typing import Any
 import msgspec
 
 from callboard.actors.protocol import Token
+from callboard.actors.route_protocol import MOST_SOURCE, MOST_TEXT, ScriptText
 
+from .background import Background, background_of
 from .errors import ScriptError
+from .script_trace import line_in as line_in
 
 SHIPPED = Path(__file__).parent / "scripts"
 MOST_SHOWN = 1000
@@ -38,6 +40,11 @@ class Script:
     options: dict[str, Any]
     """All options, defaults included, as their types."""
     route: Callable[..., AsyncGenerator[Token, None]]
+    source: str
+    backgrounds: tuple[Background, ...] = ()
+    """Its functions marked with ``@background``, the options bound."""
+    number: int = 0
+    """Which version of a router's it is."""
 
     @property
     def shown_options(self) -> str:
@@ -67,31 +74,66 @@ def find_script(where: str) -> Path:
 
 def load_script(where: str, options: Mapping[str, Any] | None = None) -> Script:
     """Load a script with options, given as their types or as strings. Raises ScriptError and has no other effect."""
+    return load_text(read_script(where, options))
+
+
+def read_script(where: str, options: Mapping[str, Any] | None = None) -> ScriptText:
+    """Read a script as it is sent to a router. Raises ScriptError; what is in it is not looked at."""
     path = find_script(where)
     try:
         source = path.read_bytes()
     except OSError as error:
         raise ScriptError(file=str(path), line=None, reason=f"it cannot be read: {error.strerror}", remedy="") from None
+    if len(source) > MOST_SOURCE:
+        reason = f"it has {len(source)} bytes, and a script has at most {MOST_SOURCE}"
+        raise ScriptError(file=str(path), line=None, reason=reason, remedy="Import what is long from a module")
+    try:
+        text = source.decode()
+    except UnicodeDecodeError as error:
+        line = source[: error.start].count(b"\n") + 1
+        raise ScriptError(file=str(path), line=line, reason="it is not UTF-8", remedy="Save it as UTF-8") from None
+    return ScriptText(path.stem, str(path), text, dict(options or {}))
+
+
+def load_text(text: ScriptText) -> Script:
+    """Load a script from its text. Raises ScriptError and has no other effect."""
+    path = Path(text.path)
+    source = text.source.encode()
+    if len(source) > MOST_SOURCE:
+        reason = f"it has {len(source)} bytes, and a script has at most {MOST_SOURCE}"
+        raise ScriptError(file=text.path, line=None, reason=reason, remedy="Import what is long from a module")
+    if len(msgspec.json.encode(text.options, enc_hook=str)) > MOST_TEXT:
+        raise ScriptError(file=text.path, line=None, reason="its options are too long", remedy="Read them from a file")
     version = hashlib.sha256(source).hexdigest()[:12]
-    module = _run(path, source, version)
+    module = _run(path, text.name, source, version)
     route = getattr(module, "route", None)
     if route is None:
-        raise ScriptError(file=str(path), line=1, reason="it defines no route", remedy=f"Write {EXAMPLE}")
+        raise ScriptError(file=text.path, line=1, reason="it defines no route", remedy=f"Write {EXAMPLE}")
     line = getattr(getattr(route, "__code__", None), "co_firstlineno", 1)
     _check_route(path, line, route)
-    bound = _bind_options(path, line, route, options or {})
-    return Script(path.stem, str(path), version, bound, functools.partial(route, **bound))
+    works = background_of(module)
+    bound = _bind_options(path, line, route, text.options, [work.function for work in works])
+    own = _bound_to(route, bound)
+    backgrounds = tuple(work.bound(_bound_to(work.function, bound)) for work in works)
+    return Script(
+        text.name,
+        str(path),
+        version,
+        bound,
+        functools.partial(route, **own),
+        text.source,
+        backgrounds,
+        text.number,
+    )
 
 
-def line_in(path: str, error: BaseException) -> int | None:
-    """Return the innermost line of a script in an exception's traceback, None if it is not in it."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return lines[-1] if lines else None
+def _bound_to(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
-def _run(path: Path, source: bytes, version: str) -> types.ModuleType:
+def _run(path: Path, name: str, source: bytes, version: str) -> types.ModuleType:
     # Not in sys.modules: a script cannot hide a module, and loading it again starts clean.
-    module = types.ModuleType(f"callboard_script_{path.stem}_{version}")
+    module = types.ModuleType(f"callboard_script_{name}_{version}")
     module.__file__ = str(path)
     try:
         code = compile(source, str(path), "exec", dont_inherit=True)
@@ -130,21 +172,32 @@ def _check_route(path: Path, line: int, route: Any) -> None:
         raise ScriptError(file=str(path), line=line, reason=reason, remedy="Name every option")
 
 
-def _bind_options(path: Path, line: int, route: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = dict(list(inspect.signature(route).parameters.items())[2:])
+def _bind_options(
+    path: Path, line: int, route: Any, given: Mapping[str, Any], works: list[Callable[..., Any]]
+) -> dict[str, Any]:
+    """Return the options of ``route`` and of the functions that work in the background; equal names share a value."""
+    functions = [(route, 2), *((work, 1) for work in works)]
+    known = {name: None for each, skip in functions for name in list(inspect.signature(each).parameters)[skip:]}
     for name in given:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, 1)
-            known = ", ".join(parameters) or "none"
-            remedy = f"Did you mean {near[0]!r}?" if near else f"Its options: {known}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"Did you mean {near[0]!r}?" if near else f"Its options: {', '.join(known) or 'none'}"
             raise ScriptError(file=str(path), line=line, reason=f"route has no option {name!r}", remedy=remedy)
+    options: dict[str, Any] = {}
+    for each, skip in functions:
+        at = each.__code__.co_firstlineno
+        options = {**_options_of(path, at, each, skip, given), **options}
+    return {name: options[name] for name in known}
+
+
+def _options_of(path: Path, line: int, function: Any, skip: int, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        kinds = typing.get_type_hints(route)
+        kinds = typing.get_type_hints(function)
     except Exception as error:
-        reason = f"an annotation of route cannot be resolved: {error}"
+        reason = f"an annotation of {function.__name__} cannot be resolved: {error}"
         raise ScriptError(file=str(path), line=line, reason=reason, remedy="Import the name it uses") from None
     options: dict[str, Any] = {}
-    for name, parameter in parameters.items():
+    for name, parameter in list(inspect.signature(function).parameters.items())[skip:]:
         if name in given:
             options[name] = _convert(path, line, name, given[name], _kind(kinds.get(name), parameter.default))
         elif parameter.default is not parameter.empty:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import uvloop
+from waiting import PATIENCE_S
 
 from callboard.bus import FOREVER, Address, Ask, LinkConfig, Message, Node, Ref, Stream, Tell
 
@@ -31,7 +32,7 @@ async def running(start: Start) -> AsyncIterator[asyncio.subprocess.Process]:
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             assert await process.stdout.readline() == b"ready\n"
         yield process
     finally:

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from waiting import PATIENCE_S
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = (
     "--headless",
@@ -182,7 +184,7 @@ async def chromium() -> AsyncIterator[Browser]:
             # Closing the pipe ends it; its helpers end with it.
             outgoing.close()
             try:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(PATIENCE_S):
                     await process.wait()
             except TimeoutError:
                 os.killpg(process.pid, 9)

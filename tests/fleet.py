@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from waiting import PATIENCE_S
+
 from callboard.actors.actor import Actor, start_actor, stop_actor
 from callboard.actors.directory import Directory
 from callboard.actors.engine.engine import Engine
@@ -98,7 +100,7 @@ class Fleet:
 
     async def assert_nothing_leaks(self) -> None:
         """Wait until every block is free or cached, and check the integrity of pools and caches."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             for name in self.managers:
                 while True:
                     stats = await self.stats(name)
@@ -177,7 +179,7 @@ async def running_fleet(
             await fleet.start(engine_node, name, Engine(config), engine_node.ref(directory.address))
         router = RouterActor(RouterActor.Config(name="main", script=script, options=options or {}))
         fleet.router = await fleet.start(control, "main", router, control.ref(directory.address))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await router.view.wait_for(lambda view: sum(each.kind == "engine" for each in view.entries) == len(engines))
         yield fleet
 

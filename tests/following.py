@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
+from waiting import PATIENCE_S, until
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.directory import Directory
@@ -94,10 +95,12 @@ class Watcher:
     def spans(self, node: str = "one") -> list[int]:
         return [event.record.span for event in self.events if event.node == node and event.record.name == "work"]
 
-    async def until(self, condition: Callable[["Watcher"], bool], seconds: float = 20.0) -> None:
-        async with asyncio.timeout(seconds):
-            while not condition(self):
-                await asyncio.sleep(0.01)
+    async def until(self, condition: Callable[["Watcher"], bool], seconds: float = PATIENCE_S) -> None:
+        await until(lambda: condition(self), seconds)
+
+    def seen(self) -> str:
+        """Say what was told so far."""
+        return f"{len(self.events)} events, and {[notice.text for notice in self.notices]}"
 
 
 @asynccontextmanager

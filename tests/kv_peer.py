@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.kv_manager import KvManager
@@ -156,7 +157,7 @@ def address(folder: Path | str, node: str, actor: str) -> Address:
 
 async def settled(ref: Ref, holds: Any = lambda stats: True) -> KvStats:
     """Wait until a manager's books are as they should be; return them."""
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 if holds(stats := await ref.ask(GetKvStats())):
@@ -176,7 +177,7 @@ async def running_child(start: Start) -> AsyncIterator[asyncio.subprocess.Proces
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             assert await process.stdout.readline() == b"ready\n"
         yield process
     finally:

@@ -3,12 +3,13 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from waiting import PATIENCE_S, until
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
@@ -94,18 +95,11 @@ class RealFleet:
         """Wait until every block of an engine's pool is free or cached."""
         manager = self.client.ref(self.address(f"kv-{engine}", f"kv-{engine}"))
         stats: KvStats | None = None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while stats is None or stats.free + stats.cached != stats.num_blocks or stats.num_reservations:
-                stats = await manager.ask(GetKvStats(recall=True), timeout=5)
+                stats = await manager.ask(GetKvStats(recall=True), timeout=PATIENCE_S)
                 assert not stats.problems
                 await asyncio.sleep(0.02)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in another process."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 from byte_tokenizer import write_byte_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE_S
 
 from callboard.tools.ps import look_at
 from callboard.tools.running import RunningFleet, read_state
@@ -102,7 +103,9 @@ class ServedFleet:
 
     def _answer(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                request, timeout=PATIENCE_S
+            ) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

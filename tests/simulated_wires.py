@@ -1,7 +1,9 @@
 """Wires of a simulation: bytes take time, cables break, and processes are stopped and killed at either end."""
 
 import asyncio
+from collections.abc import Coroutine
 from random import Random
+from typing import Any
 
 from callboard.bus import Clock
 from callboard.bus.testing import current_process
@@ -133,6 +135,8 @@ class SimulatedWires:
     async def close(self) -> None:
         for end in self._ends:
             end.close()
+        for end in self._ends:
+            await end.ended()
 
 
 class _End:
@@ -140,12 +144,26 @@ class _End:
 
     def __init__(self, cable: _Cable) -> None:
         self._cable = cable
+        self._under_way: dict[asyncio.Future[None], None] = {}
 
     async def send(self, tag: int, data: memoryview) -> None:
-        await self._cable.send(tag, data)
+        await self._see_out(self._cable.send(tag, data))
 
     async def receive(self, tag: int, buffer: memoryview) -> None:
-        await self._cable.receive(tag, buffer)
+        await self._see_out(self._cable.receive(tag, buffer))
+
+    async def ended(self) -> None:
+        """Wait until nothing is read or written any more."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    async def _see_out(self, transfer: Coroutine[Any, Any, None]) -> None:
+        self._under_way[done := asyncio.get_running_loop().create_future()] = None
+        try:
+            await transfer
+        finally:
+            del self._under_way[done]
+            _wake(done)
 
     def close(self) -> None:
         self._cable.snap()

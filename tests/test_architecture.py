@@ -21,10 +21,13 @@ MAY_IMPORT = {
 }
 ROUTER_MAY_ALSO = {
     "callboard.actors.protocol",
+    "callboard.actors.move_protocol",
     "callboard.actors.values",
+    "callboard.actors.load_protocol",
     "callboard.actors.actor",
     "callboard.actors.directory",
     "callboard.actors.registration",
+    "callboard.actors.route_protocol",
     "callboard.kv.layout",
     "callboard.kv.tokens",
 }

@@ -76,13 +76,13 @@ def list_entries(fleet: RunningFleet) -> tuple[Entry, ...]:
     return ask(fleet, fleet.state.directory, ListEntries()).entries
 
 
-def find_entry(fleet: RunningFleet, *, kind: str) -> Entry:
-    """Return the first actor of a kind. Raises CliError if there is none, or the directory does not answer."""
+def find_entries(fleet: RunningFleet, *, kind: str) -> list[Entry]:
+    """Return the actors of a kind. Raises CliError if there is none, or the directory does not answer."""
     try:
         entries = list_entries(fleet)
     except BusError as error:
         raise why_not(fleet, error) from None
-    for entry in entries:
-        if entry.kind == kind:
-            return entry
-    raise CliError(f'fleet "{fleet.state.name}" has no {kind}')
+    found = [entry for entry in entries if entry.kind == kind]
+    if not found:
+        raise CliError(f'fleet "{fleet.state.name}" has no {kind}')
+    return found

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import observe_commands
+from . import observe_commands, service_commands
 from .errors import CliError
 from .replay import commands as replay_commands
+from .route import commands as route_commands
 from .trace import commands as trace_commands
 
 OVERVIEW = """\
@@ -139,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
     logs.add_argument("--list", action="store_true", help="print whose logs there are")
     logs.add_argument("--failed", action="store_true", help="of the last fleet (of that name) that failed")
     _fleet_option(logs)
+
+    service_commands.add(command)
+    route_commands.add(command)
 
     down = command("down", "stop a fleet in order", "callboard down\ncallboard down demo", "down:run")
     down.add_argument("fleet", nargs="?", metavar="FLEET", help="its name")

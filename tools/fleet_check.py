@@ -15,7 +15,7 @@ from callboard.router.script import SHIPPED, load_script, shipped_scripts
 
 from .api_keys import read_api_keys
 from .endpoints import IPC, needs_keys, split_bus
-from .fleet_file import Engine, Fleet, FleetFile, Problem, Restart
+from .fleet_file import Engine, Fleet, FleetFile, Problem, Restart, Router
 from .gpus import NO_GPUS, Gpus, find_gpus, why_not_on
 from .machine import split_address
 from .tiers import check_tiers
@@ -42,6 +42,11 @@ def check_fleet(file: FleetFile, *, host: str = "", find_gpus: Callable[[], Gpus
 def engine_names(engine: Engine) -> list[str]:
     """Return the names of the engines that one ``[[engine]]`` makes."""
     return [engine.name] if engine.count == 1 else [f"{engine.name}-{index}" for index in range(engine.count)]
+
+
+def router_names(router: Router) -> list[str]:
+    """Return the names of the routers that one ``[[router]]`` makes."""
+    return [router.name] if router.count == 1 else [f"{router.name}-{index}" for index in range(router.count)]
 
 
 def model_of(file: FleetFile, engine: Engine) -> str | None:
@@ -175,7 +180,8 @@ def _names(file: FleetFile) -> Iterator[Problem]:
         yield Problem(("name",), f'"{fleet.name}" is no name: {NAME_RULE}')
     for index, engine in enumerate(fleet.engine):
         named += [(name, ("engine", index, "name")) for name in engine_names(engine)[:1000]]
-    named += [(router.name, ("router", index, "name")) for index, router in enumerate(fleet.router)]
+    for index, router in enumerate(fleet.router):
+        named += [(name, ("router", index, "name")) for name in router_names(router)[:1000]]
     named += [(actor.name, ("actor", index, "name")) for index, actor in enumerate(fleet.actor)]
     taken = {name: f"Callboard names an actor of its own {name}" for name in RESERVED}
     for engine in fleet.engine:
@@ -260,10 +266,15 @@ def script_path(file: FleetFile, script: str) -> Path | None:
 
 
 def _routers(file: FleetFile) -> Iterator[Problem]:
+    if file.fleet.router and file.fleet.engine and all(router.inner for router in file.fleet.router):
+        yield Problem(("router", 0, "inner"), "every router is inner, so nobody would ask one: remove inner from one")
     for index, router in enumerate(file.fleet.router):
         path = ("router", index)
         yield from _positive_duration((*path, "deadline"), router.deadline)
+        yield from _positive_duration((*path, "patience"), router.patience)
         yield from _at_least((*path, "max_queue"), router.max_queue, 1)
+        yield from _at_least((*path, "count"), router.count, 1)
+        yield from _restart(router.restart, (*path, "restart"))
         script = script_path(file, router.script)
         if script is None:
             near = difflib.get_close_matches(router.script, shipped_scripts(), n=1)

@@ -29,6 +29,8 @@ class Listen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keys: str | None = None
     """The directory of the fleet's keys. Without them the bus must not be reachable from other machines."""
     api_keys: str | None = None
+    microserving: bool = False
+    """Whether HTTP clients may ask engines themselves, as MLC-LLM's router does: under /engines/NAME/microserving."""
     silent: Duration = "5s"
     """A node that is not heard of for so long is cut off by the others, though its process may be alive."""
     stall: Duration = "30s"
@@ -100,13 +102,25 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A router and its script: a path relative to the fleet file, or the name of a shipped one."""
+    """A router and its script: a path relative to the fleet file, or the name of a shipped one.
+
+    A fleet's only router runs beside its frontend; of several, each has a process of its own, and may die alone.
+    """
 
     name: str
     script: str
     options: dict[str, Any] = {}
     deadline: Duration = "120s"
     max_queue: int = 256
+    patience: Duration = "15s"
+    """How long a request waits for an engine, or a router, that is starting or has died; more for models that load
+    slowly."""
+    count: int = 1
+    """How many there are of it, named NAME-0, NAME-1, ..."""
+    inner: bool = False
+    """Whether it is for scripts of other routers alone: the frontend does not ask it."""
+    restart: Restart = Restart(backoff="200ms")
+    """Of its process, where it has one of its own."""
 
 
 class UserActor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"class_path": "class"}):

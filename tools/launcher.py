@@ -7,7 +7,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,10 +22,13 @@ from callboard.bus.liveness import own_pid
 
 from .endpoints import CONTROL, IPC, Endpoints
 from .errors import CliError, StartFailed
-from .fleet_check import hosts_of, keys_of
+from .fleet_check import hosts_of, keys_of, model_of
 from .fleet_file import FleetFile
 from .gpus import gpus_for
+from .growing import Growth
 from .kept_logs import kept_at
+from .launcher_door import launcher_door
+from .launcher_work import LauncherWork
 from .log_lines import last_lines
 from .machine import allowed_cores, available_memory, claim_port, split_address, total_memory
 from .models import resolve_models
@@ -59,6 +62,8 @@ class Launcher:
         self._state: FleetState | None = None
         self._supervisor: Supervisor | None = None
         self._num_signals = 0
+        self._plan_of: Callable[[FleetFile], Plan]
+        """Makes the plan of a fleet file, this one or one with more engines."""
 
     async def run(self) -> int:
         """Bring the fleet up, serve until SIGINT or SIGTERM, take it down."""
@@ -151,7 +156,8 @@ class Launcher:
             self._write(state="ready")
             log.info("the fleet is up" if not self.host else "the host has joined the fleet")
             self._show(Event("ready", started=self._started(plan)))
-            await supervisor.fatal.wait()
+            async with launcher_door(self._folder, self._work(supervisor).serve):
+                await supervisor.fatal.wait()
             raise self._why_it_ended(plan, supervisor)
         except NodeFailed as error:
             raise StartFailed(str(error) + ("" if error.has_said_why else self._tail(error.name))) from None
@@ -160,6 +166,11 @@ class Launcher:
             log.info("stopping")
             self._show(Event("step", "stopping"))
             await supervisor.stop()
+
+    def _work(self, supervisor: Supervisor) -> LauncherWork:
+        return LauncherWork(
+            self._file, supervisor, host=self.host, plan=self._plan_of, check=check_memory, tail=self._tail
+        )
 
     async def _enter(self, plan: Plan) -> None:
         """Look whether the plan can be; nothing of it runs yet. Raises CliError."""
@@ -198,17 +209,22 @@ class Launcher:
             environment=self._environment,
             show=self._show,
         )
-        machine = Machine(allowed_cores(), total_memory(), gpus_for(fleet))
-        plan = Planner(
-            self._file,
-            run_dir=self._folder,
-            models=models,
-            machine=machine,
-            port=port,
-            host=self.host,
-            endpoints=endpoints,
-            keys=keys,
-        ).plan()
+
+        def plan_of(file: FleetFile) -> Plan:
+            used = {model_of(file, engine) for engine in file.fleet.engine}
+            return Planner(
+                file,
+                run_dir=self._folder,
+                models={name: path for name, path in models.items() if file is self._file or name in used},
+                machine=Machine(allowed_cores(), total_memory(), gpus_for(file.fleet)),
+                port=port,
+                host=self.host,
+                endpoints=endpoints,
+                keys=keys,
+            ).plan()
+
+        self._plan_of = plan_of
+        plan = plan_of(self._file)
         for warning in plan.warnings:
             log.warning("%s", warning)
             self._show(Event("warning", warning))
@@ -270,7 +286,7 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def check_memory(plan: Plan, available: int) -> None:
+def check_memory(plan: Plan | Growth, available: int) -> None:
     """Raise StartFailed if the plan needs more than ``available`` bytes."""
     memory = plan.memory
     if memory.total <= available:

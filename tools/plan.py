@@ -8,20 +8,18 @@ from typing import Any
 import msgspec
 
 from callboard.actors.model_config import ModelConfigError, ModelFacts, fingerprint_of, layout_of, read_model_config
-from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy, TraceSpec
+from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, TraceSpec
 from callboard.bus import Address
-from callboard.bus.private import why_open
 from callboard.kv.cuda_driver import Gpu
 from callboard.kv.device_store import cuda_ordinal
 from callboard.kv.layout import DTYPE_BYTES
 
-from .api_keys import read_api_keys
 from .endpoints import CONTROL, IPC, Endpoints
-from .fleet_check import engine_names, manager_name, model_of, script_path
-from .fleet_file import Engine, FleetFile, Problem, Restart, Router
+from .fleet_check import engine_names, manager_name, model_of
+from .fleet_file import Engine, FleetFile, Problem
 from .gpus import HOST_PROCESS_BYTES, NO_GPUS, Gpus, gpu_of, why_not_on, why_too_full
-from .kept_logs import kept_at
 from .machine import split_address
+from .plan_control import control_node, policy_of, router_nodes
 from .tiers import tier_specs
 from .units import format_size, parse_duration, parse_size
 
@@ -122,8 +120,9 @@ class Planner:
         managers = [self._manager(device, found) for device, found in self.devices.items()]
         engines = [node for _, engine in self.engines for node in self._engine(engine)]
         actors = [self._user_actor(actor) for actor in self.fleet.actor if actor.host == self.host]
-        control = [] if self.host else [self._control()]
-        stages = [control, managers, engines, actors]
+        control = [] if self.host else [control_node(self)]
+        routers = [] if self.host else router_nodes(self)
+        stages = [control, [*managers, *routers], engines, actors]
         host, _ = split_address(self.fleet.listen.http)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         host = f"[{host}]" if ":" in host else host
@@ -136,7 +135,7 @@ class Planner:
                 sum(_process_bytes(engine) * engine.count for _, engine in self.engines),
             ),
             f"http://{host}:{self.port}" if self.fleet.engine and control else None,
-            tuple(dict.fromkeys(self._model(engine) for engine in self.fleet.engine)),
+            tuple(dict.fromkeys(self.model_of(engine) for engine in self.fleet.engine)),
             tuple(self.warnings),
             dict(self.facts),
         )
@@ -147,9 +146,10 @@ class Planner:
         """Return where an actor of a node is reached."""
         return Address(node, self.endpoints.of(node), actor)
 
-    def _node(self, name: str, kind: NodeKind, *actors: ActorSpec, **options: Any) -> NodeSpec:
+    def node(self, name: str, kind: NodeKind, *actors: ActorSpec, **options: Any) -> NodeSpec:
+        """Return a node with what all of them are told."""
         log = str(self.run_dir / "logs" / f"{name}.log")
-        dies = kind in ("engine", "kv_manager")
+        dies = kind in ("engine", "kv_manager", "router")
         return NodeSpec(
             self.fleet.name,
             name,
@@ -170,7 +170,8 @@ class Planner:
     def _fail(self, path: tuple[str | int, ...], sentence: str) -> None:
         self.file.report([Problem(path, sentence)])
 
-    def _model(self, engine: Engine) -> str:
+    def model_of(self, engine: Engine) -> str:
+        """Return the name of an engine's model."""
         name = model_of(self.file, engine)
         assert name is not None, "fleet_check.py saw to it"
         return name
@@ -191,7 +192,7 @@ class Planner:
             self.max_lens[name] = wanted or most
 
     def _dtype(self, engine: Engine) -> str:
-        dtype = engine.dtype or self.fleet.models[self._model(engine)].dtype
+        dtype = engine.dtype or self.fleet.models[self.model_of(engine)].dtype
         if dtype != "auto":
             return dtype
         return "bfloat16" if _is_on_gpu(engine) else "float32"  # On CPUs without AMX fp32 is the faster one.
@@ -199,14 +200,14 @@ class Planner:
     def _weight_bytes(self, engine: Engine) -> int:
         if engine.runner == "simulated":
             return 0
-        model = self._model(engine)
+        model = self.model_of(engine)
         config = json.loads((self.models[model] / "config.json").read_text())
         stored = DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
         return self.facts[model].weight_bytes * DTYPE_BYTES[self._dtype(engine)] // stored
 
     def _fingerprint(self, engine: Engine) -> str:
         """Return what two engines have in common whose KV is the same."""
-        model = self._model(engine)
+        model = self.model_of(engine)
         try:
             return fingerprint_of(self.models[model], dtype=self._dtype(engine), runner=engine.runner)
         except ModelConfigError as error:
@@ -219,7 +220,7 @@ class Planner:
         index, first = found.engines[0]
         layouts = {}
         for each, engine in found.engines:
-            model = self._model(engine)
+            model = self.model_of(engine)
             layouts[each] = layout_of(self.facts[model], engine.block_size, self._dtype(engine))
             if layouts[each] != layouts[index]:
                 sentence = f'"{engine.name}" and "{first.name}" share the pool of {device}, but the KV of their models '
@@ -247,7 +248,7 @@ class Planner:
             if problem is not None:
                 self._fail(("defaults", "kv", "size"), problem)
         for _, engine in found.engines:
-            model, room = self._model(engine), found.num_blocks * layout.block_size
+            model, room = self.model_of(engine), found.num_blocks * layout.block_size
             if room < self.max_lens[model]:
                 self.warnings.append(f"the pool of {device} holds {room} tokens, so that is the longest request")
                 self.max_lens[model] = room
@@ -269,7 +270,7 @@ class Planner:
         }
         actor = ActorSpec(name, "callboard.actors.kv_manager:KvManager", config)
         # The manager makes the memory of a GPU itself.
-        return self._node(name, "kv_manager", actor, pool_bytes=pool_bytes if gpu is None else None)
+        return self.node(name, "kv_manager", actor, pool_bytes=pool_bytes if gpu is None else None)
 
     def _gpu(self, device: str, index: int) -> Gpu | None:
         if cuda_ordinal(device) is None:
@@ -292,7 +293,7 @@ class Planner:
         return (cores[number % len(cores)],)
 
     def _engine(self, engine: Engine) -> list[NodeSpec]:
-        model, manager = self._model(engine), manager_name(engine.device, self.host)
+        model, manager = self.model_of(engine), manager_name(engine.device, self.host)
         cores = self._cores(engine.device)
         nodes = []
         for name in engine_names(engine):
@@ -314,68 +315,15 @@ class Planner:
                 "fingerprint": self._fingerprint(engine),
             }
             actor = ActorSpec(name, "callboard.actors.engine.engine:Engine", config)
-            restart = _policy(engine.restart)
+            restart = policy_of(engine.restart)
             num_threads = max(1, len(cores))
-            nodes.append(self._node(name, "engine", actor, cores=cores, num_threads=num_threads, restart=restart))
+            nodes.append(self.node(name, "engine", actor, cores=cores, num_threads=num_threads, restart=restart))
         return nodes
 
     def _user_actor(self, actor: Any) -> NodeSpec:
         spec = ActorSpec(actor.name, actor.class_path, actor.options)
         base = str(self.file.base)
-        return self._node(actor.name, "actor", spec, python_path=base, restart=_policy(actor.restart))
-
-    def _control(self) -> NodeSpec:
-        actors = [ActorSpec("directory", "callboard.actors.directory:Directory")]
-        routers = self._routers()
-        actors += [self._router(router) for router in routers]
-        if self.fleet.engine:
-            actors.append(self._frontend(routers[0].name))
-        keeps = str(kept_at(self.fleet.name))
-        return self._node(
-            CONTROL, "control", *actors, removes=str(self.run_dir), keeps_logs_at=keeps, is_essential=True
-        )
-
-    def _routers(self) -> tuple[Router, ...]:
-        if self.fleet.router or not self.fleet.engine:
-            return self.fleet.router
-        roles = [set(engine.roles) for engine in self.fleet.engine]
-        is_split = {"prefill"} in roles and {"decode"} in roles
-        return (Router("main", "disaggregate" if is_split else "least_loaded"),)
-
-    def _router(self, router: Router) -> ActorSpec:
-        script = script_path(self.file, router.script)
-        config = {
-            "name": router.name,
-            "script": router.script if script is None else str(script),
-            "options": router.options,
-            "deadline_s": parse_duration(router.deadline),
-            "max_queue": router.max_queue,
-            "keep": self.fleet.trace.keep,
-        }
-        return ActorSpec(router.name, "callboard.router.actor:RouterActor", config)
-
-    def _frontend(self, router: str) -> ActorSpec:
-        host, _ = split_address(self.fleet.listen.http)
-        roles: dict[str, set[str]] = {}
-        for engine in self.fleet.engine:
-            roles.setdefault(self._model(engine), set()).update(engine.roles)
-        config = {
-            "name": "frontend",
-            "host": host,
-            "port": self.port,
-            "stall_s": parse_duration(self.fleet.listen.stall),
-            "router": msgspec.to_builtins(self.address(CONTROL, router)),
-            "models": {
-                name: {"path": str(self.models[name]), "max_model_len": self.max_lens[name], "roles": sorted(needed)}
-                for name, needed in roles.items()
-            },
-        }
-        if self.fleet.listen.api_keys is not None:
-            path = self.file.base / Path(self.fleet.listen.api_keys).expanduser()
-            config["api_keys"] = list(read_api_keys(path))
-            if reason := why_open(path, path.stat()):
-                self.warnings.append(f"the API keys are no secret, because {reason}")
-        return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
+        return self.node(actor.name, "actor", spec, python_path=base, restart=policy_of(actor.restart))
 
 
 def _is_on_gpu(engine: Engine) -> bool:
@@ -384,7 +332,3 @@ def _is_on_gpu(engine: Engine) -> bool:
 
 def _process_bytes(engine: Engine) -> int:
     return HOST_PROCESS_BYTES if _is_on_gpu(engine) else PROCESS_BYTES
-
-
-def _policy(restart: Restart) -> RestartPolicy:
-    return RestartPolicy(restart.policy == "on-failure", parse_duration(restart.backoff), restart.max)

@@ -6,8 +6,9 @@ import msgspec
 
 from callboard.actors.protocol import GetSubRequests, SubRequest
 from callboard.bus import BusError
+from callboard.router.spans import request_of
 
-from .bus_client import ask, find_entry
+from .bus_client import ask, find_entries
 from .errors import CliError
 from .ps import WIDTH
 from .running import RunningFleet, open_fleet
@@ -46,14 +47,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parts_of(fleet: RunningFleet, request_id: str | None) -> list[Part]:
-    """Return the sub-requests of a request, of the last one by default. Raises CliError."""
-    router = find_entry(fleet, kind="router")
-    try:
-        answer = ask(fleet, router.address, GetSubRequests(request_id, limit=1))
-    except BusError as error:
-        raise CliError(f"the router does not answer: {error}") from None
-    begin = min((item.start_s for item in answer.items), default=0.0)
-    return [_part(item, begin) for item in answer.items]
+    """Return the sub-requests of a request, of the last one by default, over all routers. Raises CliError."""
+    found: list[tuple[SubRequest, ...]] = []
+    why = "there is none"
+    for router in find_entries(fleet, kind="router"):
+        try:
+            found.append(ask(fleet, router.address, GetSubRequests(request_id, limit=1)).items)
+        except BusError as error:
+            why = str(error)
+    if not found:
+        raise CliError(f"no router answers: {why}")
+    if request_id is None:
+        # Clocks of one machine, and routers are where the fleet was started.
+        last = max(found, key=lambda items: max((item.start_s for item in items), default=0.0))
+        request_id = last[0].request_id if last else None
+        if request_id is not None and len(found) > 1:
+            return parts_of(fleet, request_of(request_id))  # Another router may have begun it.
+    items = sorted((item for items in found for item in items), key=lambda item: item.start_s)
+    return [_part(item, items[0].start_s) for item in items]
 
 
 def _part(item: SubRequest, begin: float) -> Part:

@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: float = 30.0
     """A paused sequence of which nothing is read for so long is ended with Stalled."""
     simulated: Simulation = Simulation()
+    is_draining: bool = False
+    """Whether it begins without being offered to any request: it was draining when it ended."""
     fingerprint: str = ""
     """Of the model (model_config.py): the pool must be of the same one."""
 

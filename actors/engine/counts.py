@@ -19,7 +19,7 @@ class Counts:
         """Note a generated token."""
         # Hot: once per token.
         self.num_generated_tokens += 1
-        if not position:
+        if position == sequence.first_position:
             self.num_prompt_tokens += sequence.num_prompt_tokens
 
     def ended(self, sequence: Sequence, outcome: str) -> None:

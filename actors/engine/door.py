@@ -8,6 +8,9 @@ from callboard.actors.protocol import BadRequest, SamplingParams
 from callboard.kv.layout import BadRange
 from callboard.kv.tokens import unpack_tokens
 
+MOST_PENALTY = 2.0
+"""Either way, as in OpenAI's API."""
+
 
 class Door(msgspec.Struct, frozen=True):
     """The limits of one engine."""
@@ -43,6 +46,19 @@ def check_sampling(sampling: SamplingParams) -> None:
         raise BadRequest(reason=f"top_p must be above 0 and at most 1, not {sampling.top_p}")
     if sampling.top_k is not None and sampling.top_k < 1:
         raise BadRequest(reason=f"top_k must be absent or at least 1, not {sampling.top_k}")
+    for name, penalty in (("presence", sampling.presence_penalty), ("frequency", sampling.frequency_penalty)):
+        if not -MOST_PENALTY <= penalty <= MOST_PENALTY:
+            raise BadRequest(reason=f"{name}_penalty must lie between -2 and 2, not {penalty}")
+
+
+def check_output(num_output_tokens: int, num_tokens: int, sampling: SamplingParams) -> None:
+    """Raise BadRequest unless so many of a prompt's tokens can be output that is not yet all of it."""
+    if not 0 <= num_output_tokens < num_tokens:
+        raise BadRequest(
+            reason=f"{num_output_tokens} of {num_tokens} tokens cannot be output: a prompt has one at least"
+        )
+    if num_output_tokens >= sampling.max_tokens:
+        raise BadRequest(reason=f"{num_output_tokens} tokens are generated already, of at most {sampling.max_tokens}")
 
 
 def check_begin(begin: int | None, num_tokens: int) -> None:

@@ -6,9 +6,10 @@ thread, and carries out what comes of them. Nothing here decides what is compute
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
 
-from callboard.actors.actor import Actor
+from callboard.actors.load_protocol import LoadReport, WatchLoad
 from callboard.actors.model_config import kv_shape
 from callboard.actors.protocol import (
     Abort,
@@ -20,8 +21,6 @@ from callboard.actors.protocol import (
     KvAddr,
     KvComputed,
     LayersDone,
-    Load,
-    Probe,
     Stalled,
     StartGenerate,
     Token,
@@ -34,8 +33,10 @@ from callboard.kv.tokens import num_tokens
 from .attachment import Attachment
 from .block_supply import BlockSupply
 from .config import EngineConfig
-from .door import Door, check_begin, check_block_table, check_sampling
+from .door import Door, check_begin, check_block_table, check_output, check_sampling
 from .generation import Generation
+from .load_watch import LoadWatch
+from .moving import Movable
 from .runners import make_runner
 from .scheduler import Emit, Prefilled, Released, Scheduler
 from .sequence import Sequence
@@ -47,8 +48,11 @@ REPORT_S = 0.25
 """How often the directory hears of the load, where it has changed."""
 
 
-class Engine(Actor):
-    """Serves StartGenerate, ComputeKv and Abort. Its blocks are its manager's, and end with their tie."""
+class Engine(Movable):
+    """Serves StartGenerate, ComputeKv and Abort, and what moving.py has.
+
+    Its blocks are its manager's, and end with their tie.
+    """
 
     Config = EngineConfig
 
@@ -61,6 +65,7 @@ class Engine(Actor):
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.is_draining = config.is_draining
         self.throughput = Throughput()
         self._generations: dict[str, Generation] = {}
         self._places = asyncio.Semaphore(config.max_num_seqs)
@@ -70,9 +75,8 @@ class Engine(Actor):
         self._stepped.set()
         self._started = asyncio.Event()
         self._is_stopping = False
-        self._free_blocks = 0
-        self._cached_blocks = 0
         self._num_blocks = 0
+        self._watch: LoadWatch
 
     async def start(self) -> None:
         config, node = self.config, self.node
@@ -96,6 +100,7 @@ class Engine(Actor):
             on_recall=lambda num_blocks: self.supply.recall(num_blocks),
             on_lost=self._on_lost,
         )
+        self._watch = LoadWatch(node.clock, self.scheduler, self.throughput, self._generations)
         self.supply = BlockSupply(self, config.name, self.scheduler, self.attachment, self._wake.set)
         attaching, attached = self.spawn(self.attachment.run()), self.spawn(self.attachment.wait())
         await asyncio.wait((attaching, attached), return_when=asyncio.FIRST_COMPLETED)
@@ -109,7 +114,8 @@ class Engine(Actor):
             roles=config.roles,
             device=config.device,
             manager=config.manager,
-            load=self.load(),
+            state=self.state,
+            load=self._watch.load(),
             detail={**config.limits(self.scheduler.max_model_len), "kv": kv_shape(self.runner.layout)},
         )
         self.registration = Registration(self, entry)
@@ -131,9 +137,17 @@ class Engine(Actor):
         check_sampling(message.sampling)
         prompt = self.door.check_prompt(message.prompt, is_generating=True)
         check_begin(message.begin, len(prompt))
+        check_output(message.num_output_tokens, len(prompt), message.sampling)
         sequence_id = f"{message.request_id}/{self.node.new_id()}"
-        sequence = Sequence(sequence_id, prompt, message.sampling, request_id=message.request_id)
+        sequence = Sequence(
+            sequence_id,
+            prompt,
+            message.sampling,
+            request_id=message.request_id,
+            num_output_tokens=message.num_output_tokens,
+        )
         generation = self._open(sequence)
+        generation.attempt = message.attempt
         kv = message.kv
         try:
             while True:
@@ -147,6 +161,8 @@ class Engine(Actor):
                     yield item
                     if item.finish_reason is not None:
                         return
+                elif generation.has_departed:
+                    return
         finally:
             self._leave(generation)
 
@@ -199,6 +215,7 @@ class Engine(Actor):
         assert call is not None, "a stream is served"
         generation = Generation(sequence, call, self.node, now=self.node.clock.now())
         self._generations[sequence.sequence_id] = generation
+        self._watch.began(generation.request_id)
         return generation
 
     async def _admit(self, generation: Generation, kv: KvAddr | None, begin_s: float) -> None:
@@ -232,6 +249,7 @@ class Engine(Actor):
             generation.has_place = False
             self._places.release()
         self._generations.pop(generation.sequence.sequence_id, None)
+        self._watch.ended(generation.request_id)
         self.scheduler.counts.ended(generation.sequence, generation.outcome)
         self.scheduler.abort(generation.sequence.sequence_id)
         self._wake.set()
@@ -263,6 +281,7 @@ class Engine(Actor):
     async def _run_steps(self) -> None:
         while not self._is_stopping:
             self._carry_out()
+            self._watch.stepped()
             step = self.scheduler.schedule()
             self._carry_out()
             self.supply.refill()
@@ -281,7 +300,7 @@ class Engine(Actor):
         try:
             result = await self._compute(step)
             end_s = self.node.clock.now()
-            self.throughput.observe(step, end_s - begin_s)
+            self.throughput.observe(step, begin_s, end_s)
             for chunk in step.chunks:
                 if generation := self._generations.get(chunk.sequence_id):
                     generation.phases.stepped(begin_s, end_s, step)
@@ -346,7 +365,7 @@ class Engine(Actor):
         max_model_len = min(self.config.max_model_len or facts.max_model_len, facts.max_model_len, pool_len)
         self.scheduler.max_model_len = max_model_len
         self.door = Door(facts.vocab_size, max_model_len)
-        self._num_blocks = self._free_blocks = store.num_blocks
+        self._num_blocks = self._watch.num_blocks = self._watch.free_blocks = store.num_blocks
 
     async def _on_lost(self, error: BusError) -> None:
         """The manager is gone, and every block with it: end all, and let go of the pool after the step under way."""
@@ -359,26 +378,15 @@ class Engine(Actor):
 
     # ---- load ----------------------------------------------------------------------------------------------------
 
-    def load(self) -> Load:
-        """Return how busy the engine is."""
-        return Load(
-            num_running=len(self.scheduler),
-            num_waiting=sum(generation.needs_admission for generation in self._generations.values()),
-            free_blocks=self._free_blocks,
-            num_blocks=self._num_blocks,
-            prefill_tps=round(self.throughput.prefill_tps, 1),
-            decode_tps=round(self.throughput.decode_tps, 1),
-            queue_s=round(self.throughput.prefill_s(self.scheduler.num_uncomputed_tokens), 3),
-            cached_blocks=self._cached_blocks,
-        )
+    async def on_watch_load(self, message: WatchLoad) -> AsyncIterator[LoadReport]:
+        await self._started.wait()
+        async with aclosing(self._watch.serve()) as reports:
+            async for report in reports:
+                yield report
 
     async def _report_load(self) -> None:
         while True:
-            try:
-                probed = await self.attachment.manager.ask(Probe(b""), timeout=1.0)
-                self._free_blocks, self._cached_blocks = probed.free_blocks, probed.cached_blocks
-            except BusError:
-                pass  # The last number stands.
-            state = "ready" if self.attachment.is_attached else "detached"
-            self.registration.update(state=state, load=self.load(), counters=self.scheduler.counts.counters())
+            await self._watch.look_at_pool(self.attachment.manager)
+            counters = self.scheduler.counts.counters()
+            self.registration.update(state=self.state, load=self._watch.load(), counters=counters)
             await self.node.clock.sleep(REPORT_S)

@@ -31,6 +31,8 @@ class Generation:
         """It has no blocks: at first, and again after a preemption."""
         self.read_s = now
         """When something was read last, or nothing was there to be read."""
+        self.attempt = 0
+        """Which attempt at the request asks for it."""
         self.has_place = False
         """It counts among the sequences that the engine runs at once."""
         self.is_watched = False
@@ -41,23 +43,30 @@ class Generation:
         self._ready = asyncio.Event()
         self._is_closed = False
         self._is_aborted = False
+        self.has_departed = False
+        """Its reader has it from another engine now."""
         self._num_noted_prompt_tokens = self._num_noted_tokens = 0
         """Of the phases that are over."""
         self._begin_s = now
         self._start_s: float | None = None
         self._first_token_s: float | None = None
 
+    @property
+    def request_id(self) -> str:
+        """The request it is for, as its router knows it."""
+        return self.call.request_id or self.sequence.request_id
+
     # ---- the reader's side ---------------------------------------------------------------------------------------
 
     async def read(self) -> Item | None:
-        """Wait for the next item. None: see whether it needs admission, and read again.
+        """Wait for the next item. None: see whether it has departed, or needs admission, and read again.
 
         Raises what ended the sequence badly.
         """
         if not self._items:
             if self._error is not None:
                 raise self._error
-            if not self.needs_admission:
+            if not self.needs_admission and not self.has_departed:
                 self._ready.clear()
                 await self._ready.wait()
         return self._items.popleft() if self._items else None
@@ -86,8 +95,13 @@ class Generation:
 
     @property
     def outcome(self) -> str:
-        """How a stream that is over has ended: stop or length, abort (its reader left, or asked for it), or error."""
+        """How a stream that is over has ended: stop or length, abort (its reader left, or asked for it), or error.
+
+        Or moved: its reader has left one that was held, and so goes on elsewhere.
+        """
         is_left = self.call.ended in ("cancelled", "actor_died", "link_lost")
+        if self.has_departed or (is_left and self.sequence.is_held):
+            return "moved"
         return self.sequence.finish_reason or ("abort" if self._is_aborted or is_left else "error")
 
     def started(self, now: float) -> None:
@@ -106,9 +120,13 @@ class Generation:
         """Note that it is in no step any more, because too much of it is unread."""
         self._leave_phase("paused", now)
 
+    def held(self, now: float) -> None:
+        """Note that it is in no step any more, because it may go on elsewhere."""
+        self._leave_phase("held", now)
+
     def resumed(self, now: float) -> None:
-        """Note that it is read again."""
-        if self.phases.name == "paused":
+        """Note that it is in steps again."""
+        if self.phases.name in ("paused", "held"):
             self.phases.enter("decode", now)
 
     def left(self, now: float) -> None:
@@ -162,6 +180,13 @@ class Generation:
         self._leave_phase("", now)
         self.needs_admission = True
         self._ready.set()
+
+    def depart(self) -> None:
+        """End without a word: its reader goes on elsewhere. A repeat does nothing."""
+        if not self._is_closed:
+            self.has_departed = self._is_closed = True
+            self._items.clear()
+            self._ready.set()
 
     def fail(self, error: BusError) -> None:
         """End with an error, after what is there already. The first error stays."""

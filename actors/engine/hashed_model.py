@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from callboard.actors.protocol import SamplingParams
+from callboard.kv.tokens import digest_of, pack_tokens
 
 from .step import Draw
 
@@ -51,9 +52,14 @@ def plane(layer: int, half: int) -> int:
 
 
 def token_of(state: int, draw: Draw, vocab_size: int) -> int:
-    """Return the token sampled from a state: with a temperature, another one for each (seed, index, position)."""
+    """Return the token sampled from a state: with a temperature, another one for each (seed, index, position).
+
+    With penalties, another one for each output so far.
+    """
     if draw.sampling.temperature > 0:
         state ^= mix_one(mix_one(draw.sampling.seed) ^ (draw.sampling.index << 32) ^ draw.position)
+    if draw.output:
+        state ^= int.from_bytes(digest_of(draw.output)[:8], "little")
     return mix_one(state ^ _TOKEN) % vocab_size
 
 
@@ -75,7 +81,8 @@ def generate(
     state, generated = int(states[-1]), list[int]()
     key_places, value_places = places.tolist()
     for index in range(num_tokens):
-        token = token_of(state, Draw(sampling, index), vocab_size)
+        output = pack_tokens(generated) if sampling.presence_penalty or sampling.frequency_penalty else b""
+        token = token_of(state, Draw(sampling, index, output), vocab_size)
         generated.append(token)
         at = len(tokens) + index
         state = mix_one(token ^ (at << 32) ^ _TOKEN)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from callboard.actors.protocol import SamplingParams
+from callboard.kv.tokens import unpack_tokens
 
 from .step import Draw, Sample
 
@@ -57,14 +58,29 @@ def candidates(logits: Tensor, sampling: SamplingParams) -> Tensor | None:
 
 def sample(logits: Tensor, draws: Items[Draw]) -> list[Sample]:
     """Choose one token per row of ``logits`` [len(draws), vocab]. Temperature 0 is greedy."""
-    logits = logits.float()
+    raw = logits = logits.float()
+    if any(draw.output for draw in draws):
+        logits = torch.stack([_penalize(row, draw) for row, draw in zip(raw, draws, strict=True)])
     chosen = logits.argmax(dim=-1).tolist()
     for row, draw in enumerate(draws):
         if draw.sampling.temperature >= MIN_TEMPERATURE:
             chosen[row] = _choose(logits[row], draw)
-    picked = logits.gather(1, torch.tensor(chosen, dtype=torch.int64, device=logits.device)[:, None])[:, 0]
-    logprobs = (picked - torch.logsumexp(logits, dim=-1)).tolist()
+    picked = raw.gather(1, torch.tensor(chosen, dtype=torch.int64, device=raw.device)[:, None])[:, 0]
+    logprobs = (picked - torch.logsumexp(raw, dim=-1)).tolist()
     return [Sample(token, min(0.0, logprob)) for token, logprob in zip(chosen, logprobs, strict=True)]
+
+
+def _penalize(logits: Tensor, draw: Draw) -> Tensor:
+    """Return one row of logits [vocab] less the penalties of the tokens that are in the output.
+
+    ``logit - count * frequency_penalty - (count > 0) * presence_penalty``: OpenAI's API reference, "Frequency and
+    presence penalties".
+    """
+    if not draw.output:
+        return logits
+    ids = torch.tensor(unpack_tokens(draw.output), device=logits.device)
+    counts = torch.bincount(ids, minlength=logits.shape[-1])
+    return logits - counts * draw.sampling.frequency_penalty - (counts > 0) * draw.sampling.presence_penalty
 
 
 def _choose(logits: Tensor, draw: Draw) -> int:

@@ -127,7 +127,7 @@ class Scheduler:
         for sequence in self._order:
             if len(decodes) == most_decodes:
                 break
-            if sequence.is_decoding and not sequence.is_paused and self._grow(sequence):
+            if sequence.is_decoding and not sequence.is_idle and self._grow(sequence):
                 decodes.append(sequence.next_chunk(1))
                 budget -= 1
         for sequence in self._order:
@@ -175,11 +175,16 @@ class Scheduler:
         return sum(not sequence.is_kv_only for sequence in self._order)
 
     @property
+    def num_decoding(self) -> int:
+        """Sequences that take one token of every step."""
+        return sum(sequence.is_decoding for sequence in self._order)
+
+    @property
     def is_short(self) -> bool:
         """Whether somebody lacks a block that the slab does not have."""
         if len(self.slab):
             return False
-        return any(s.is_decoding and not s.is_paused and self._lacks_block(s) for s in self._order)
+        return any(s.is_decoding and not s.is_idle and self._lacks_block(s) for s in self._order)
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -223,7 +228,8 @@ class Scheduler:
             return
         self.slab.is_exhausted = False
         if self.is_short:
-            latest = next(sequence for sequence in reversed(self._order) if not sequence.is_kv_only)
+            own = [sequence for sequence in reversed(self._order) if not sequence.is_kv_only]
+            latest = next((sequence for sequence in own if not sequence.is_held), own[0])
             self._release(latest, is_preempted=True)
 
     def _emit(self, sequence: Sequence, sample: Sample) -> None:

@@ -16,13 +16,21 @@ class Sequence:
     """
 
     def __init__(
-        self, sequence_id: str, prompt: Iterable[int], sampling: SamplingParams | None, *, request_id: str = ""
+        self,
+        sequence_id: str,
+        prompt: Iterable[int],
+        sampling: SamplingParams | None,
+        *,
+        request_id: str = "",
+        num_output_tokens: int = 0,
     ) -> None:
         self.sequence_id = sequence_id
         self.request_id = request_id or sequence_id
         self.sampling = sampling
         self.tokens = list(prompt)
-        self.num_prompt_tokens = len(self.tokens)
+        self.num_prompt_tokens = len(self.tokens) - num_output_tokens
+        self.first_position = num_output_tokens
+        """Where its output begins here; what is before it came with the prompt, from another engine."""
         self.block_table: array[int] = array("i")
         self.num_cached_tokens = 0
         self.num_computed_tokens = 0
@@ -32,6 +40,10 @@ class Sequence:
         self.is_aborted = False
         self.is_paused = False
         """Nobody reads its tokens: it keeps its blocks and takes no part in steps."""
+        self.is_held = False
+        """It may be about to go on elsewhere: it keeps its blocks and decodes no further (moving.py)."""
+        self.num_holds = 0
+        """How often it was held or let go."""
         self.is_sealed = False
         # For Usage: prompt tokens found in place at first, written by this engine, and preemptions.
         self.num_reused_tokens: int | None = None
@@ -52,6 +64,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens that are still to go through the model; a decoding sequence has one, its newest."""
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it takes part in no step, for now."""
+        return self.is_paused or self.is_held
 
     @property
     def is_decoding(self) -> bool:
@@ -86,7 +103,7 @@ class Sequence:
         assert begin < end <= len(self.tokens)
         draw = None
         if self.sampling is not None and end == len(self.tokens):
-            draw = Draw(self.sampling, self.num_output_tokens)
+            draw = Draw(self.sampling, self.num_output_tokens, self._penalized())
         return Chunk(
             sequence_id=self.sequence_id,
             tokens=pack_tokens(self.tokens[begin:end]),
@@ -96,6 +113,13 @@ class Sequence:
             draw=draw,
             is_kv_only=self.is_kv_only,
         )
+
+    def _penalized(self) -> bytes:
+        """Return the tokens that penalties count."""
+        sampling = self.sampling
+        if sampling is None or not (sampling.presence_penalty or sampling.frequency_penalty):
+            return b""
+        return pack_tokens(self.tokens[self.num_prompt_tokens :])
 
     def advance(self, chunk: Chunk) -> int:
         """Note that a chunk's KV is in place; return how many of the prompt's tokens it has written."""

@@ -19,6 +19,8 @@ class Draw:
 
     sampling: SamplingParams
     position: int
+    output: bytes = b""
+    """The tokens before this position, int32, where penalties count them; else empty."""
 
 
 @dataclass(frozen=True, slots=True)

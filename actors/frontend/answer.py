@@ -1,12 +1,12 @@
 """A request that has been understood: its prompts as tokens, its sequences, and what is said around their text."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from callboard.actors.protocol import Generate
-from callboard.bus import Node, Ref
+from callboard.bus import Node
 from callboard.kv.tokens import pack_tokens
 
 from .errors import ApiError, shutting_down
@@ -17,9 +17,10 @@ from .pace import Pace
 from .prompts import Model, encode_prompts, num_output_tokens
 from .requests import ChatRequest, CompletionRequest
 from .responses import Reply, UsageReply
+from .routers import Routers
 from .text import SequenceText
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PRIVATE_HEADERS = (b"x-api-key", b"x-request-id")
 _PROMPT_TAIL = 8
 """Prompt tokens a detokeniser sees: enough for a decoder to know that this is not the start of a text."""
@@ -29,16 +30,18 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class Backend:
-    """What all requests share: the models by served name, the router, limits, and the request ids in flight."""
+    """What all requests share: the models by served name, the routers, limits, and the request ids in flight."""
 
     node: Node
-    router: Callable[[], Ref]
+    routers: Routers
     models: Mapping[str, Model]
     timeout_s: float
     max_body_bytes: int
     metrics: RequestMetrics
     actor: str = "frontend"
     """Its name in the records of requests."""
+    patience_s: float = 15.0
+    """How long a request waits for a router, where there is none."""
     in_flight: set[str] = field(default_factory=set)
     outboxes: dict[str, Outbox] = field(default_factory=dict)
     """Of the requests being answered, by request id."""
@@ -128,7 +131,7 @@ class Answer:
 def wanted_id(headers: Headers, prefix: str, node: Node) -> str:
     """Return the request id that the client gave, or a new one."""
     given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else prefix + node.new_id()
+    return given if REQUEST_ID.fullmatch(given) else prefix + node.new_id()
 
 
 def build_answer(

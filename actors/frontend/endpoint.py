@@ -7,13 +7,15 @@ client that leaves is noticed at once.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from .answer import Answer, Backend, build_answer, prepare, wanted_id
+from .answer import Answer, Backend, Prepared, build_answer, prepare, wanted_id
 from .errors import ApiError, as_api_error
-from .generation import Outbox, run_sequence
+from .failover import Failover
+from .generation import Outbox, Sequence, run_sequence
 from .http_trace import HttpTrace
 from .observed import Observed
 from .requests import ChatRequest, CompletionRequest
@@ -41,17 +43,22 @@ class Endpoint:
     """An ASGI application for one kind of request. ``decode`` checks a body, ``shape`` writes its answer."""
 
     def __init__(
-        self, backend: Backend, shape: Shape, decode: Callable[[bytes], CompletionRequest | ChatRequest]
+        self,
+        backend: Backend,
+        shape: Shape,
+        decode: Callable[[bytes], CompletionRequest | ChatRequest],
+        name: str,
     ) -> None:
+        self._name = name
+        """In the metrics."""
         self._backend = backend
         self._shape = shape
         self._decode = decode
         self._encode = msgspec.json.Encoder().encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = scope["path"].removeprefix("/v1/").replace("/", "_")
         trace = HttpTrace(self._backend.node, self._backend.actor, scope)
-        with self._backend.metrics.request(endpoint) as observed:
+        with self._backend.metrics.request(self._name) as observed:
             try:
                 await self._answer(scope, receive, trace.watching(observed.watching(send)), observed, trace)
             finally:
@@ -62,7 +69,7 @@ class Endpoint:
             text = f"Not allowed to {scope['method']} on {scope['path']}."
             return await send_error(send, ApiError(405, text, code="method_not_allowed"), allow=b"POST")
         try:
-            body = await _read_body(scope, receive, self._backend.max_body_bytes)
+            body = await read_body(scope, receive, self._backend.max_body_bytes)
             read_s = trace.phase("read")
             request = self._decode(body)
             observed.is_for(request.model)
@@ -71,9 +78,9 @@ class Endpoint:
         except ClientLeft:
             return None
         except Exception as error:
-            return await send_error(send, _reported(error))
+            return await send_error(send, reported(error))
         prefix = self._shape.id_prefix
-        wanted = wanted_id(scope["headers"], prefix, self._backend.node)
+        wanted = self._wanted_id(prepared) or wanted_id(scope["headers"], prefix, self._backend.node)
         ids = self._backend.claim_ids(wanted, prepared.num_sequences)
         try:
             trace.request_id = ids[0]
@@ -87,13 +94,12 @@ class Endpoint:
 
     async def _serve(self, answer: Answer, receive: Receive, send: Send) -> None:
         outbox = self._backend.outboxes[answer.request_id] = Outbox()
-        router, timeout_s = self._backend.router(), self._backend.timeout_s
         respond = self._stream if answer.prepared.request.stream else self._whole
         try:
             async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(_watch(receive))
+                watcher = group.create_task(watch_client(receive))
                 runs = [
-                    group.create_task(run_sequence(s, router, outbox, timeout_s, answer.trace))
+                    group.create_task(run_sequence(s, partial(self._run, answer, s, outbox), outbox, answer.trace))
                     for s in answer.sequences
                 ]
                 if not await respond(answer, outbox, send):
@@ -104,6 +110,16 @@ class Endpoint:
             pass
         finally:
             del self._backend.outboxes[answer.request_id]
+
+    def _wanted_id(self, prepared: Prepared) -> str | None:
+        """Return the request id that the body asks for, None if it asks for none."""
+        return None
+
+    async def _run(self, answer: Answer, sequence: Sequence, outbox: Outbox) -> ApiError | None:
+        """Bring the tokens of one sequence: from the routers."""
+        backend = self._backend
+        limits = {"timeout_s": backend.timeout_s, "patience_s": backend.patience_s}
+        return await Failover(sequence, backend.node, backend.routers, answer.trace, **limits).run(outbox)
 
     async def _whole(self, answer: Answer, outbox: Outbox, send: Send) -> bool:
         """Send one JSON body; return whether all sequences ended well."""
@@ -186,13 +202,14 @@ async def send_error(send: Send, error: ApiError, request_id: str | None = None,
     await send({"type": "http.response.body", "body": body})
 
 
-def _reported(error: Exception) -> ApiError:
+def reported(error: Exception) -> ApiError:
+    """Return what the client is told of a request that could not be prepared; what is a bug is logged."""
     if not isinstance(error, ApiError):
         log.error("a request could not be prepared", exc_info=error)
     return as_api_error(error)
 
 
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """Return the whole body. Raises ApiError (413), ClientLeft.
 
     What is somewhat too large is still read, and dropped: a client that is answered while it sends sees a reset.
@@ -219,7 +236,7 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _watch(receive: Receive) -> None:
+async def watch_client(receive: Receive) -> None:
     """Wait until the client leaves. Raises ClientLeft."""
     while (await receive())["type"] != "http.disconnect":
         pass

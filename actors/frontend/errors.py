@@ -9,6 +9,8 @@ from callboard.bus import ActorDied, AskTimeout, BusError, LinkLost, Refusal, Re
 RETRY_AFTER_S = 1
 """What clients are told to wait: blocks come back, and engines restart, in about that time."""
 
+SCRIPT_FAILED = "The router's script failed on this request: the router's log says where and why."
+
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 
@@ -68,6 +70,7 @@ def not_supported(param: str, what: str) -> ApiError:
 # Refusals cross the bus by name, so they are told apart by name: a script's or a KV manager's need not be imported.
 _STATUS_OF_REFUSAL: dict[str, tuple[int, str]] = {
     "BadRequest": (400, "bad_request"),
+    "BadRange": (400, "bad_range"),
     "OutOfBlocks": (503, "out_of_blocks"),
     "QueueFull": (429, "queue_full"),
     "UnknownModel": (404, "model_not_found"),
@@ -75,8 +78,27 @@ _STATUS_OF_REFUSAL: dict[str, tuple[int, str]] = {
     "UnknownActor": (503, "unavailable"),
     "NoEngine": (503, "unavailable"),
     "StaleReservation": (503, "unavailable"),
+    "CorruptPages": (503, "unavailable"),
     "ScriptError": (500, "script_error"),
 }
+
+
+def refusal_name(error: BusError) -> str:
+    """Return the class of a refusal, also of one that this process does not know; "" for what is none."""
+    if not isinstance(error, Refusal):
+        return ""
+    return str(error.name) if isinstance(error, RemoteError) else type(error).__name__
+
+
+def all_full(error: BusError, retry_after_s: int) -> ApiError:
+    """Return what the client is told when every router has as many requests as it takes."""
+    return ApiError(429, str(error), code="queue_full", retry_after_s=retry_after_s)
+
+
+def no_router(missing: str | None) -> ApiError:
+    """Return what the client is told when there was no router to ask for as long as it is waited for one."""
+    text = f"The server cannot answer just now: {missing or 'no router can be reached'}."
+    return ApiError(503, text, code="unavailable", retry_after_s=RETRY_AFTER_S)
 
 
 def api_error_of(error: BusError) -> ApiError:
@@ -87,8 +109,9 @@ def api_error_of(error: BusError) -> ApiError:
         text = f"What served this request is gone ({error}). Try again."
         return ApiError(503, text, code="unavailable", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, Refusal):
-        name = error.name if isinstance(error, RemoteError) else type(error).__name__
-        status, code = _STATUS_OF_REFUSAL.get(name, (500, "server_error"))
+        status, code = _STATUS_OF_REFUSAL.get(refusal_name(error), (500, "server_error"))
+        if code == "script_error":  # Its text is for who wrote the script: it names files, and what is in them.
+            return ApiError(status, SCRIPT_FAILED, code=code)
         retry_after_s = RETRY_AFTER_S if status in (429, 503) else None
         return ApiError(status, str(error), code=code, retry_after_s=retry_after_s)
     return ApiError(500, str(error) or type(error).__name__, code="server_error")

@@ -52,7 +52,7 @@ COUNTERS_OF_POOLS: tuple[tuple[str, str, Callable[[Counters], float]], ...] = (
     ),
     ("kv_sent_bytes", "KV written into other pools for remote_send.", lambda counters: counters.num_bytes_sent),
 )
-NO_ENDS = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+NO_ENDS = {"stop": 0, "length": 0, "abort": 0, "error": 0, "moved": 0}
 """How a sequence may end; shown before the first has, so that a rate has something to begin with."""
 
 

@@ -1,6 +1,6 @@
-"""The frontend actor: an OpenAI-compatible HTTP server in front of a router.
+"""The frontend actor: an OpenAI-compatible HTTP server in front of one router or several.
 
-It tokenises, asks the router for token ids, and makes text of them; it knows nothing of engines but whether there
+It tokenises, asks a router for token ids, and makes text of them; it knows nothing of engines but whether there
 are any.
 """
 
@@ -13,15 +13,19 @@ from callboard.actors.actor import Actor
 from callboard.actors.protocol import Entry
 from callboard.actors.registration import DirectoryView, Registration
 from callboard.actors.stats_protocol import FrontendStats, GetFrontendStats
-from callboard.bus import Address, Ref, Refusal
+from callboard.bus import Address, Refusal
 
 from .answer import Backend
 from .fleet_metrics import FleetCollector
 from .health import health_routes
 from .http import HttpServer, bind, build_app
 from .metrics import Exposition, RequestCollector, metrics_route
+from .microserving import microserving_routes
+from .microserving_door import EngineDoor
 from .observed import RequestMetrics
 from .prompts import Model
+from .router_metrics import RouterCollector
+from .routers import Routers
 from .tokenizer import Tokenizer, TokenizerMissing
 
 
@@ -46,13 +50,20 @@ class Frontend(Actor):
     class Config(msgspec.Struct, frozen=True, kw_only=True):
         """``models`` by the name clients use. Port 0 takes a free one. Without ``api_keys`` everybody may ask."""
 
-        router: Address
         models: dict[str, ServedModel]
+        router: Address | None = None
+        """The only one that is asked, also while the directory does not know it."""
+        routers: tuple[str, ...] = ()
+        """By name, those that are asked; by default all of the fleet's."""
         name: str = "frontend"
         host: str = "127.0.0.1"
         port: int = 8000
         api_keys: tuple[str, ...] = ()
+        microserving: bool = False
+        """Whether clients may ask engines themselves, past the routers (microserving.py)."""
         request_timeout_s: float = 600.0
+        patience_s: float = 15.0
+        """How long a request waits for a router that is not there, or for another one after a death."""
         max_body_bytes: int = 8 << 20
         grace_s: int = 2
         """How long requests may go on when the frontend is stopped."""
@@ -65,6 +76,8 @@ class Frontend(Actor):
         self._models: dict[str, Model] = {}
         self._backend: Backend | None = None
         self._view: DirectoryView | None = None
+        self._routers: Routers
+        self._door: EngineDoor
         self._server: HttpServer | None = None
         self._is_stopping = False
 
@@ -82,20 +95,25 @@ class Frontend(Actor):
             for name, served in config.models.items():
                 self._models[name] = await self._load(name, served)
             metrics = RequestMetrics(self._models, self.node.clock.now)
+            self._view = None if self.directory is None else DirectoryView(self)
+            self._routers = Routers(self.node, self._view, only=config.router, names=config.routers)
             self._backend = Backend(
                 node=self.node,
-                router=self._router,
+                routers=self._routers,
                 actor=self.name,
                 models=self._models,
                 timeout_s=config.request_timeout_s,
+                patience_s=config.patience_s,
                 max_body_bytes=config.max_body_bytes,
                 metrics=metrics,
             )
-            collectors: list[Collector] = [RequestCollector(metrics)]
-            if self.directory is not None:
-                self._view = DirectoryView(self)
+            collectors: list[Collector] = [RequestCollector(metrics), RouterCollector(self._routers)]
+            if self._view is not None:
                 collectors.append(FleetCollector(self.node, self._view))
             more = [*health_routes(self.unready), metrics_route(Exposition(self.node, *collectors))]
+            if config.microserving and self._view is not None:
+                self._door = EngineDoor(self._backend, self._view, self.spawn)
+                more += microserving_routes(self._door)
             app = build_app(self._backend, self.models_without_engine, config.api_keys, more)
         except BaseException:
             bound.close()
@@ -124,8 +142,8 @@ class Frontend(Actor):
         missing = []
         if self._is_stopping:
             missing.append("the frontend is stopping")
-        if self._view is not None and not any(e.address == self.config.router for e in self._view.entries()):
-            missing.append(f"router {self.config.router.actor} is not there")
+        if (no_router := self._routers.missing()) is not None:
+            missing.append(no_router)
         ready = [] if self._view is None else [e for e in self._view.entries("engine") if e.state == "ready"]
         for name in self.models_without_engine():
             roles = sorted(set(self.config.models[name].roles) - _roles_of(name, self.config.models[name], ready))
@@ -135,9 +153,6 @@ class Frontend(Actor):
     def on_get_frontend_stats(self, message: GetFrontendStats) -> FrontendStats:
         assert self._backend is not None, "it has started"
         return self._backend.metrics.stats()
-
-    def _router(self) -> Ref:
-        return self.node.ref(self.config.router)
 
     async def _load(self, name: str, served: ServedModel) -> Model:
         try:

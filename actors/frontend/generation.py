@@ -1,15 +1,16 @@
-"""The sequences of one HTTP request: each a stream of the router's, all merged into one outbox."""
+"""The sequences of one HTTP request: each a stream of tokens, all merged into one outbox."""
 
 import asyncio
 import contextlib
 import logging
+from array import array
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from callboard.actors.protocol import Generate, Token
-from callboard.bus import BusError, Ref
+from callboard.bus import BusError, Items
 from callboard.bus.calls import enter_call
-from callboard.bus.ref import Items
 
 from .errors import ApiError, as_api_error
 from .http_trace import HttpTrace
@@ -25,6 +26,10 @@ LAST_WORDS_S = 1.0
 """How long a stream may take to end after its last token, before it is cancelled."""
 
 
+class TokenGap(BusError):
+    """Tokens that did not come: whoever left them out is as good as dead, for this sequence."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """One choice: what the router is asked, and the text made of its answer."""
@@ -34,6 +39,8 @@ class Sequence:
     message: Generate
     text: SequenceText
     pace: Pace
+    sent: "array[int]" = field(default_factory=lambda: array("i"))
+    """The tokens that came, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,11 @@ class Outbox:
         return items
 
 
-async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_s: float, trace: HttpTrace) -> None:
+Run = Callable[[], Awaitable[ApiError | None]]
+"""Brings the tokens of one sequence; returns what is wrong with the end, or raises it."""
+
+
+async def run_sequence(sequence: Sequence, run: Run, outbox: Outbox, trace: HttpTrace) -> None:
     """Generate one sequence into the outbox. Ends with an item that has a finish reason, or with an error.
 
     A task of its own: the request's root is current in all of it.
@@ -84,17 +95,9 @@ async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_
     enter_call(trace.root(sequence.message.request_id))
     error: ApiError | None = None
     try:
-        async with router.stream(sequence.message, timeout=timeout_s) as tokens:
-            trace.opened()
-            error = await _read(sequence, tokens, outbox)
-            if error is None and not sequence.text.is_cut:
-                # The router's script is at its end: let it get there, rather than cancel it on its last line.
-                with contextlib.suppress(TimeoutError, BusError):
-                    async with asyncio.timeout(LAST_WORDS_S):
-                        async for _ in tokens:
-                            pass
+        error = await run()
     except Exception as failure:
-        if not isinstance(failure, BusError):
+        if not isinstance(failure, BusError | ApiError):
             extra = {"request_id": sequence.message.request_id}
             log.error("the request failed here", exc_info=failure, extra=extra)
         error = as_api_error(failure)
@@ -102,8 +105,19 @@ async def run_sequence(sequence: Sequence, router: Ref, outbox: Outbox, timeout_
         await outbox.put(Item(sequence.index, error))
 
 
-async def _read(sequence: Sequence, tokens: Items[Token], outbox: Outbox) -> ApiError | None:
+async def read_tokens(sequence: Sequence, tokens: Items[Token], outbox: Outbox) -> ApiError | None:
+    """Make pieces of the tokens of a stream until one is the last; return what is wrong with the end.
+
+    A token that came before, from another, is left out. Raises TokenGap, BusError.
+    """
+    # Hot: once per token (bench/serve.py).
+    sent = sequence.sent
     async for token in tokens:
+        if token.position != len(sent):
+            if token.position < len(sent):
+                continue
+            raise TokenGap(f"token {token.position} came where {len(sent)} was due")
+        sent.append(token.id)
         sequence.pace.token()
         if token.finish_reason == "abort":
             return ApiError(503, "The request was aborted on the server.", code="aborted")
@@ -113,6 +127,15 @@ async def _read(sequence: Sequence, tokens: Items[Token], outbox: Outbox) -> Api
         if piece.finish_reason is not None:
             return None
     return ApiError(500, "The router ended the answer before it was finished.", code="incomplete")
+
+
+async def last_words(sequence: Sequence, tokens: Items[Token]) -> None:
+    """Let whoever brought the last token get to its end (a router's script to its last line) before it is cancelled."""
+    if not sequence.text.is_cut:
+        with contextlib.suppress(TimeoutError, BusError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                async for _ in tokens:
+                    pass
 
 
 def usage_of(sequences: list[Sequence], prompt_lengths: list[int]) -> UsageReply:

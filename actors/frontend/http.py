@@ -91,8 +91,8 @@ def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str], more:
     def health() -> Response[bytes]:
         return health_response(missing())
 
-    completion_endpoint = Endpoint(backend, CompletionShape(), decode_completion)
-    chat_endpoint = Endpoint(backend, ChatShape(), decode_chat)
+    completion_endpoint = Endpoint(backend, CompletionShape(), decode_completion, "completions")
+    chat_endpoint = Endpoint(backend, ChatShape(), decode_chat, "chat_completions")
 
     @asgi("/v1/completions", copy_scope=False)
     async def completions(scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,9 +22,10 @@ MAX_STOPS = 4
 _Count = Annotated[int, Meta(ge=1)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 _Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
-Body = TypeVar("Body", "CompletionRequest", "ChatRequest")
+Body = TypeVar("Body", bound="GenerationRequest")
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -49,9 +50,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     priority: _Priority | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
     # Known, and refused unless they ask for nothing:
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     min_p: float | None = None
     logit_bias: Any = None
@@ -93,14 +94,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             index=index,
             ignore_eos=ignores_eos,
             stop_token_ids=() if ignores_eos else eos_token_ids,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
         )
 
     def refused(self) -> Iterator[ApiError]:
         """Yield what is wrong beyond types and ranges, first things first."""
-        if self.presence_penalty:
-            yield not_supported("presence_penalty", "A presence penalty is")
-        if self.frequency_penalty:
-            yield not_supported("frequency_penalty", "A frequency penalty is")
         if self.repetition_penalty not in (None, 1.0):
             yield not_supported("repetition_penalty", "A repetition penalty is")
         if self.min_p:
@@ -260,7 +259,8 @@ def _explain(error: msgspec.ValidationError) -> ApiError:
     return ApiError(400, f"Invalid value for '{where}': {complaint}.", param=where, code=code)
 
 
-def _decoding(kind: type[Body]) -> Callable[[bytes], Body]:
+def decoding(kind: type[Body]) -> Callable[[bytes], Body]:
+    """Return what makes a checked request of a body. It raises ApiError."""
     decode = msgspec.json.Decoder(kind).decode
 
     def checked(data: bytes) -> Body:
@@ -280,5 +280,5 @@ def _decoding(kind: type[Body]) -> Callable[[bytes], Body]:
     return checked
 
 
-decode_completion = _decoding(CompletionRequest)
-decode_chat = _decoding(ChatRequest)
+decode_completion = decoding(CompletionRequest)
+decode_chat = decoding(ChatRequest)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, aclosing, contextmanager
 
 import msgspec
 
+from callboard.actors.move_protocol import SendHeld
 from callboard.actors.protocol import (
     Admit,
     Admitted,
@@ -55,6 +56,7 @@ from callboard.kv.slots import resolve_range, slot_runs
 from callboard.kv.tokens import TOKEN_BYTES, num_tokens, pack_tokens, unpack_tokens
 
 from .attachments import Attachments
+from .held import as_remote_send, lend_held
 from .pool_actor import PoolActor
 from .quarantine import watch_quarantine
 from .queue import BlockQueue, Priority
@@ -137,6 +139,9 @@ class KvManager(PoolActor):
         _, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
         await self.warming.warm(message.prompt, end)
         return await self._sender.send(message)
+
+    async def on_send_held(self, message: SendHeld) -> Sent:
+        return await self._sender.send(as_remote_send(message), lambda: lend_held(self.blocks, message))
 
     def on_probe(self, message: Probe) -> Probed:
         cached = self.blocks.cache.match(message.prompt).num_tokens

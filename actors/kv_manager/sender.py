@@ -56,6 +56,8 @@ GIVE_UP_S = 600.0
 """How long a receiver that cannot be reached is told that a write is over. If it lives, it sees our tie end."""
 
 
+HeldLoan = Callable[[], Loan]
+"""Holds the blocks of a running sequence, for sending."""
 Repeated = tuple[str, int, str, str, str, int, int]
 """What makes two RemoteSends the same: request, attempt, engine, epoch, reservation and range."""
 
@@ -79,8 +81,11 @@ class Sender:
         """Return the lanes to other managers that stand, by name."""
         return self._peers.lanes()
 
-    async def send(self, message: RemoteSend) -> Sent:
-        """See RemoteSend. Raises StaleReservation, BadRange, OutOfBlocks, UnknownActor, and as the engine does."""
+    async def send(self, message: RemoteSend, held: HeldLoan | None = None) -> Sent:
+        """See RemoteSend. With ``held``, it is a running sequence's KV that is sent, and nothing is computed.
+
+        Raises StaleReservation, BadRange, OutOfBlocks, UnknownActor, and as the engine does.
+        """
         manager, kv = self._manager, message.kv
         begin, end = resolve_range(message.begin, message.end, num_tokens(message.prompt))
         if begin >= end:
@@ -97,7 +102,7 @@ class Sender:
             return answer
         done = self._under_way[key] = asyncio.get_running_loop().create_future()
         try:
-            answer = self._answers[key] = await self._send(message, begin, end)
+            answer = self._answers[key] = await self._send(message, begin, end, held)
         finally:
             del self._under_way[key]
             done.cancel()
@@ -105,7 +110,7 @@ class Sender:
             del self._answers[next(iter(self._answers))]
         return answer
 
-    async def _send(self, message: RemoteSend, begin: int, end: int) -> Sent:
+    async def _send(self, message: RemoteSend, begin: int, end: int, held: HeldLoan | None) -> Sent:
         manager, kv = self._manager, message.kv
         begin_s = manager.node.clock.now()
         async with self._write(message, begin, end, begin_s) as write:
@@ -113,6 +118,8 @@ class Sender:
             slots = write.opened.slots
             if num_slots(slots) != end - begin or not write.lane.fits(slots):
                 raise StaleReservation(reservation_id=kv.reservation_id, reason="its manager names slots that are none")
+            if held is not None:
+                return await self._fill(write, Transfer(manager, write, loan := held()), loan)
             loan = await manager.queue.take(
                 Priority.SEND,
                 self._num_blocks(kv, end),

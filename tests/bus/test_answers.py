@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from callboard.bus import ActorDied, Ask, BusError, Message, Node, Ref, Refusal, RemoteError, Stream, Tell
-from callboard.bus.calls import error_of
+from callboard.bus.failures import error_of
 from callboard.bus.frames import Fail
 
 

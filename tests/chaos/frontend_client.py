@@ -24,6 +24,7 @@ from callboard.actors.frontend.observed import RequestMetrics
 from callboard.actors.frontend.prompts import Model
 from callboard.actors.frontend.requests import decode_chat, decode_completion
 from callboard.actors.frontend.responses import ChatShape, CompletionShape
+from callboard.actors.frontend.routers import Routers
 from callboard.actors.frontend.tokenizer import Tokenizer, _byte_alphabet
 from callboard.actors.protocol import SamplingParams
 from callboard.bus import Node, Ref
@@ -93,12 +94,12 @@ class Expected:
 
 
 class FrontendClient:
-    """Makes requests at a node, as its frontend would take them in. ``router`` gives the router's ref there."""
+    """Makes requests at a node, as its frontend would take them in. ``routers`` are asked."""
 
     def __init__(
         self,
         node: Node,
-        router: Callable[[], Ref],
+        routers: Routers,
         simulation: Simulation,
         *,
         max_model_len: int,
@@ -109,9 +110,9 @@ class FrontendClient:
         self._tokenizer = tokenizer_of(simulation.vocab_size, simulation.eos_token_id)
         served = Model(model, self._tokenizer, self._max_model_len, 0)
         metrics = RequestMetrics({model: served}, node.clock.now)
-        self._backend = Backend(node, router, {model: served}, TIMEOUT_S, 1 << 20, metrics)
-        self._completions = Endpoint(self._backend, CompletionShape(), decode_completion)
-        self._chats = Endpoint(self._backend, ChatShape(), decode_chat)
+        self._backend = Backend(node, routers, {model: served}, TIMEOUT_S, 1 << 20, metrics)
+        self._completions = Endpoint(self._backend, CompletionShape(), decode_completion, "completions")
+        self._chats = Endpoint(self._backend, ChatShape(), decode_chat, "chat_completions")
 
     async def request(self, rng: Random, request_id: str) -> Answered:
         """Make one request drawn from ``rng``, and check what comes."""
@@ -343,7 +344,8 @@ async def frontend_request(
 
     All draws are made before anything is awaited. ``max_model_len`` is the least of the engines'.
     """
-    return await FrontendClient(node, router, simulation, max_model_len=max_model_len).request(rng, request_id)
+    routers = Routers(node, only=router().address)
+    return await FrontendClient(node, routers, simulation, max_model_len=max_model_len).request(rng, request_id)
 
 
 def _letters(number: int) -> str:

@@ -14,11 +14,13 @@ from callboard.actors.protocol import SamplingParams
 from callboard.bus.testing import VirtualLoop, without_a_word
 from callboard.bus.transports.sim import SimConnection, Weather
 
+from .changes import Changes
 from .faults import Faults
 from .invariants import broken_now, not_given_back
 from .load import Load, Request, send_everywhere
 from .log import lines_of
-from .schedule import LOAD_S, Asking, Schedule, draw
+from .schedule import LOAD_S, Asking, Schedule
+from .strategies import draw
 from .world import Records, World
 
 Planted = Callable[[], AbstractContextManager[object]]
@@ -60,6 +62,12 @@ class Outcome:
     """The schedule and the message log, empty unless asked for."""
     faults: dict[str, int] = field(default_factory=dict)
     """How many faults struck, by kind."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """What people changed meanwhile, by kind."""
+    num_continued: int = 0
+    """How often an engine went on behind tokens of another one, after its death or a hand-over."""
+    num_held: int = 0
+    """How often a sequence was held, to be handed over."""
     num_messages: int = 0
     num_seen: int = 0
     """Records that a watcher got."""
@@ -110,6 +118,7 @@ class _Run:
     world: World
     load: Load
     faults: Faults
+    changes: Changes
 
     def __init__(self, schedule: Schedule, *, with_log: bool, is_watched: bool) -> None:
         self.schedule = schedule
@@ -129,12 +138,15 @@ class _Run:
         log.addHandler(records)
         try:
             await world.start()
+            self.changes = Changes(world)
             self.faults.arm()
+            self.changes.arm()
             for asking in self.schedule.requests:
                 self.load.start(asking)
             if await self._all_end() and await self._all_hear() and await self._all_settles(may_quarantine=True):
                 world.is_calm, world.hub.weather, world.has_watched = True, Weather(), True
                 world.mend_wires()
+                await self.changes.mend()
                 await send_everywhere(world)
                 for asking in self._last_requests():
                     self.load.start(asking)
@@ -162,7 +174,7 @@ class _Run:
         loop, load, faults = asyncio.get_running_loop(), self.load, self.faults
         begin_s = well_s = loop.time()
         num_looks = 0
-        while not (load.is_over and faults.is_over):
+        while not (load.is_over and faults.is_over and self.changes.is_over):
             await asyncio.sleep(LOOK_S)
             num_looks += 1
             if num_looks % LOOKS == 0:
@@ -239,6 +251,8 @@ class _Run:
         outcome.repeated = sum(request.is_repeated for request in requests)
         outcome.problems = list(world.problems)
         outcome.faults = dict(sorted(self.faults.struck.items()))
+        outcome.changes = dict(sorted(self.changes.made.items())) if hasattr(self, "changes") else {}
+        outcome.num_continued, outcome.num_held = world.num_continued, world.num_held
         outcome.virtual_s = asyncio.get_running_loop().time()
         messages = [entry for entry in world.log if not isinstance(entry[-1], bytes)]
         outcome.num_messages = sum(entry[2] in ("sent", "received") for entry in messages)

@@ -64,6 +64,7 @@ class Totals:
         self.classes: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.changes: Counter[str] = Counter()
         self.num_messages = 0
         self.failing: list[Outcome] = []
 
@@ -71,9 +72,10 @@ class Totals:
         self.num_seeds += 1
         for name in CLASSES:
             self.classes[name] += getattr(outcome, name)
-        for name in ("requests", "finished", "failed"):
+        for name in ("requests", "finished", "failed", "continued", "held"):
             self.requests[name] += getattr(outcome, f"num_{name}")
         self.faults.update(outcome.faults)
+        self.changes.update(outcome.changes)
         self.num_messages += outcome.num_messages
         if outcome.problems:
             self.failing.append(outcome)
@@ -86,10 +88,15 @@ class Totals:
             lines.append(f"    {replay(outcome.seed)}")
         if len(self.failing) > MOST_SHOWN:
             lines.append(f"and {len(self.failing) - MOST_SHOWN} more seeds that fail")
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items())) or "none"
+        faults, changes = (
+            ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
+            for counts in (self.faults, self.changes)
+        )
         lines.append(
             f"{self.requests['requests']} requests: {self.requests['finished']} finished, {self.requests['failed']} "
-            f"failed or left; {self.num_messages} messages; faults: {faults}; {self.num_seeds / seconds:.1f} seeds/s"
+            f"failed or left; {self.requests['continued']} went on elsewhere, {self.requests['held']} held for it; "
+            f"{self.num_messages} messages; faults: {faults}; changes: {changes}; "
+            f"{self.num_seeds / seconds:.1f} seeds/s"
         )
         return [*lines, self.sums()]
 

@@ -4,8 +4,8 @@ Each is a small change of one decision, such as somebody might make, at the deep
 where two lines of defence overlap, it takes out both, and says so.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -13,17 +13,20 @@ from weakref import WeakKeyDictionary
 
 from callboard.actors.engine.engine import Engine
 from callboard.actors.engine.generation import Generation
+from callboard.actors.engine.moving import Movable
 from callboard.actors.kv_manager import sender
 from callboard.actors.kv_manager.manager import KvManager
 from callboard.actors.kv_manager.pool_actor import PoolActor
-from callboard.actors.protocol import Done, Generate, Release, Token
+from callboard.actors.protocol import Done, Release, Token, Usage
 from callboard.kv.reservation import Reservation, State
 from callboard.kv.reservation_table import Held, Key, ReservationTable
 from callboard.kv.tiers import BlockName, Chain
 from callboard.kv.tokens import TOKEN_BYTES
-from callboard.router.actor import RouterActor
-from callboard.router.attempt import GONE
-from callboard.router.deadline import Deadline
+from callboard.router import recovery
+from callboard.router.engine_stream import EngineStream
+from callboard.router.generation import Generation as RouterGeneration
+from callboard.router.recovery import Recovery
+from callboard.router.request import Request
 
 Planted = Callable[[], AbstractContextManager[object]]
 
@@ -106,22 +109,42 @@ def a_stale_epoch_accepted() -> Iterator[None]:
 @contextmanager
 def a_retry_that_repeats_tokens() -> Iterator[None]:
     """The router starts a request over after an engine's death, although the client has some of its tokens."""
-    attempts = RouterActor._attempts
 
-    async def start_over(
-        self: RouterActor, message: Generate, deadline: Deadline, begin_s: float
-    ) -> AsyncGenerator[Token, None]:
-        for is_last in (False, True):
-            try:
-                async with aclosing(attempts(self, message, deadline, begin_s)) as tokens:
-                    async for token in tokens:
-                        yield token
-                return
-            except GONE:
-                if is_last:
-                    raise
+    def start_over(self: Recovery) -> Request:
+        return Request(self._message, attempt=self._number, remaining_s=self._deadline.remaining_s)
 
-    with patch.object(RouterActor, "_attempts", start_over):
+    with patch.object(Recovery, "_request", start_over):
+        yield
+
+
+@contextmanager
+def a_death_that_ends_requests() -> Iterator[None]:
+    """The router gives a request up with the first engine that dies under it."""
+    with patch.object(recovery, "NUM_ATTEMPTS", 1):
+        yield
+
+
+@contextmanager
+def a_hand_over_that_drops_a_token() -> Iterator[None]:
+    """The first token of the engine that a sequence was moved to is taken as the proof that it goes on, and no more."""
+
+    async def switch(self: RouterGeneration, stream: EngineStream, first: Token, spent: Usage) -> None:
+        before, self._stream = self._stream, stream
+        self.give_back()
+        await before.depart()
+
+    with patch.object(RouterGeneration, "switch", switch):
+        yield
+
+
+@contextmanager
+def a_hold_without_an_end() -> Iterator[None]:
+    """A sequence that was held to be moved, and then was not, stands still: no message and no time lets it go."""
+
+    def thaw(self: Movable, generation: Generation) -> None:
+        pass
+
+    with patch.object(Movable, "_thaw", thaw):
         yield
 
 
@@ -145,6 +168,9 @@ PLANTED: dict[str, Planted] = {
         a_lost_abort,
         a_stale_epoch_accepted,
         a_retry_that_repeats_tokens,
+        a_death_that_ends_requests,
+        a_hand_over_that_drops_a_token,
+        a_hold_without_an_end,
         a_tier_that_forgets_the_prefix,
     )
 }

@@ -1,6 +1,6 @@
 """All that a seed decides, drawn before anything runs: the fleet, its load, and the faults. Print it to see a seed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,6 +12,8 @@ from callboard.bus.transports.sim import Break, Weather
 
 SCRIPTS = Path(__file__).parent / "scripts"
 OWN_SCRIPTS = tuple(sorted(str(path) for path in SCRIPTS.glob("*.py")))
+PLAIN_SCRIPTS = tuple(str(SCRIPTS / f"{name}.py") for name in ("generate_before_sent", "renews_its_lease", "two_parts"))
+"""Those that were here first: what seeds stand for hangs on their number."""
 LOAD_S = 1.5
 """Requests come, and faults with a time of their own strike, within this long."""
 
@@ -106,6 +108,23 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Something that people do to a fleet while it serves."""
+
+    kind: str
+    """swap, canary, shadow, promote, rollback, roles, drain or serve"""
+    at_s: float
+    engine: str = ""
+    roles: tuple[str, ...] = ()
+    script: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        more = "/".join(self.roles) if self.kind == "roles" else Path(self.script).stem
+        return f"{self.kind} {self.engine}{more} at {self.at_s:.3f} s"
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A seed's fleet, load and faults."""
 
@@ -128,6 +147,19 @@ class Schedule:
     """Room for evicted blocks in each manager's memory; 0: they are lost."""
     wires_break: float | None = None
     """Pages go packed over wires, which break with this chance at each fragment; None: pools are mapped."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The script's keyword arguments."""
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether a request may end badly that does not leave by itself.
+
+        It may not where only engines and managers die: others take over, or the same when they are back.
+        """
+        deaths = ("kill", "crash", "stop")
+        nodes = {*self.engines, *self.managers.values(), "guest"}
+        return bool(self.weather.retry_rate) or any(f.kind not in deaths or f.node not in nodes for f in self.faults)
 
     @property
     def managers(self) -> dict[str, str]:
@@ -137,14 +169,15 @@ class Schedule:
     def __str__(self) -> str:
         lines = [
             f"seed {self.seed}: engines {' '.join(self.engines)}{' on one device' if self.is_shared else ''}, "
-            f"script {Path(self.script).stem}, {self.num_blocks} blocks, room for {self.num_host_blocks} more outside, "
-            f"leases of {self.lease_s:g} s"
+            f"script {Path(self.script).stem}{self.options or ''}, {self.num_blocks} blocks, "
+            f"room for {self.num_host_blocks} more outside, leases of {self.lease_s:g} s"
             + ("" if self.wires_break is None else f", pages over wires ({self.wires_break:.0%} of fragments lost)"),
             f"  engine: {', '.join(f'{key}={value}' for key, value in self.engine.items() if key != 'simulated')}",
             f"  {self.engine['simulated']}",
             f"  {self.weather}, {'one host' if self.is_one_host else 'a host each'}, {self.links}",
             f"  {len(self.requests)} requests",
         ]
+        lines += [f"  change {i}: {change}" for i, change in enumerate(self.changes, 1)]
         return "\n".join(lines + [f"  fault {i}: {fault}" for i, fault in enumerate(self.faults, 1)])
 
 
@@ -152,8 +185,8 @@ CLIENTS = ("client", "guest")
 """The guest may be killed; the client sees every request to its end."""
 
 
-def draw(seed: int) -> Schedule:
-    """Return what a seed stands for."""
+def draw_plain(seed: int) -> Schedule:
+    """Return what a seed stands for, but for what people change meanwhile (changes.py)."""
     rng = Random(f"chaos/{seed}")
     engines = rng.choice([("p", "d"), ("p", "d"), ("a", "b"), ("a",), ("p1", "p2", "d"), ("p", "d1", "d2")])
     is_shared = rng.random() < 0.35
@@ -178,7 +211,7 @@ def draw(seed: int) -> Schedule:
         seed=seed,
         engines=engines,
         is_shared=is_shared,
-        script=rng.choice(["disaggregate", "balanced", "round_robin", "disaggregate", *OWN_SCRIPTS]),
+        script=rng.choice(["disaggregate", "balanced", "round_robin", "disaggregate", *PLAIN_SCRIPTS]),
         # One request must fit twice: it may be sent from a pool into the same one.
         num_blocks=rng.choice([32, 40, 64, 96] if block_size == 4 else [20, 28, 48, 96]),
         lease_s=rng.choice([0.5, 2.0, 10.0]),
@@ -192,6 +225,14 @@ def draw(seed: int) -> Schedule:
     num_faults = rng.choice([0, 1, 1, 2, 2, 3, 4, 6])
     faults = tuple(_fault(rng, schedule) for _ in range(num_faults))
     return _over_wires(_with_a_tier(replace(schedule, faults=faults)))
+
+
+def death_of(rng: Random, schedule: Schedule) -> Fault:
+    """Return the death of an engine or a KV manager, and no other fault."""
+    node = rng.choice([*schedule.engines, *schedule.engines, *sorted(set(schedule.managers.values()))])
+    kind = rng.choice(["kill", "kill", "crash", "stop"])
+    seconds = rng.choice([0.01, rng.uniform(0.0, 1.0)])
+    return Fault(kind, node, _trigger(rng, _kind_of(node, schedule)), seconds, actor=node if kind == "crash" else "")
 
 
 def _over_wires(schedule: Schedule) -> Schedule:

@@ -1,10 +1,15 @@
-"""Two hundred seeds of chaos. ``make chaos SEEDS=10000`` runs more, and ``make chaos SEED=7`` shows one."""
+"""Some seeds of chaos. ``make chaos SEEDS=10000`` runs more, and ``make chaos SEED=7`` shows one."""
+
+from pathlib import Path
 
 import pytest
 
-from .harness import run_seed
+from callboard.router import scripts
 
-NUM_SEEDS = 200
+from .harness import run_seed
+from .strategies import STRATEGIES, draw
+
+NUM_SEEDS = 160
 BATCH = 20
 
 
@@ -16,3 +21,13 @@ def test_every_request_ends_rightly_and_nothing_leaks_whatever_happens(first: in
     # A batch in which nothing happens would pass, too.
     assert sum(outcome.num_finished for outcome in outcomes) > 5 * BATCH
     assert sum(sum(outcome.faults.values()) for outcome in outcomes) > BATCH / 2
+    assert sum(sum(outcome.changes.values()) for outcome in outcomes) > BATCH / 4
+    assert sum(outcome.num_continued for outcome in outcomes) > 0
+
+
+def test_every_strategy_that_ships_is_among_them() -> None:
+    shipped = {path.stem for path in Path(scripts.__file__).parent.glob("[a-z]*.py")}
+    assert shipped <= STRATEGIES.keys()
+    schedules = [draw(seed) for seed in range(NUM_SEEDS)]
+    assert {schedule.script for schedule in schedules} == STRATEGIES.keys()
+    assert sum(not schedule.may_fail and bool(schedule.faults) for schedule in schedules) > NUM_SEEDS / 10

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .harness import run_seed
-from .schedule import draw
+from .strategies import draw
 
 TESTS = Path(__file__).parent.parent
 SEEDS = range(300, 312)

@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from random import Random
-from typing import Any
 from unittest.mock import patch
 
 import msgspec
 import pytest
-from fleet import Fleet, running_fleet
+from fleet import running_fleet
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
+from callboard.actors.frontend.routers import Routers
 from callboard.actors.frontend.text import Detokenizer, SequenceText, StopStrings
 from callboard.bus import VirtualClock
 from callboard.bus.testing import run_virtual
@@ -33,7 +33,9 @@ def answers(seed: int) -> list[Answered]:
         async with running_fleet(
             layout=layout, hub=SimHub(seed), clock=VirtualClock(), seed=seed, simulated=simulation, num_blocks=64
         ) as fleet:
-            client = FrontendClient(fleet.nodes["control"], lambda: router_of(fleet), simulation, max_model_len=64 * 16)
+            node = fleet.nodes["control"]
+            routers = Routers(node, only=fleet.router.address)
+            client = FrontendClient(node, routers, simulation, max_model_len=64 * 16)
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(client.request(rng, f"r{i}")) for i in range(NUM_REQUESTS)]
             await asyncio.sleep(30)
@@ -41,10 +43,6 @@ def answers(seed: int) -> list[Answered]:
             return [task.result() for task in tasks]
 
     return run_virtual(main)
-
-
-def router_of(fleet: Fleet) -> Any:
-    return fleet.nodes["control"].ref(fleet.router.address)
 
 
 @pytest.mark.parametrize("seed", range(8))

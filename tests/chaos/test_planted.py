@@ -13,10 +13,11 @@ import pytest
 
 from .harness import run_seed
 from .planted import PLANTED
-from .schedule import Schedule, draw
+from .schedule import Schedule
+from .strategies import draw
 
 NUM_SEEDS = int(os.environ.get("CHAOS_PLANTED", "0"))
-MOST = 2000
+MOST = 5000
 WRONG_TOKEN = r"request \w+: token \d+ is \d+ and not"
 WRITTEN_WHILE_FREE = r"block \d+ was written while it was free"
 
@@ -41,16 +42,27 @@ def restarts_a_manager_of_reservations_that_are_out(schedule: Schedule) -> bool:
     return is_restarted and "renews_its_lease" in schedule.script
 
 
+def hands_over(schedule: Schedule) -> bool:
+    return "hands_over" in schedule.script or any(change.kind == "drain" for change in schedule.changes)
+
+
 SEARCHES = {
-    "a_block_returned_in_flight": Search(f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=25),
+    "a_block_returned_in_flight": Search(f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=485),
     "kv_readable_before_it_arrived": Search(WRONG_TOKEN),
-    "a_lost_abort": Search(f"sequences of nobody|{WRITTEN_WHILE_FREE}|knows nothing of that", first=15),
+    "a_lost_abort": Search(f"sequences of nobody|{WRITTEN_WHILE_FREE}|knows nothing of that", first=75),
     "a_stale_epoch_accepted": Search(
         f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}|is not inside the reservation",
-        first=900,
+        first=3190,
         is_worth_it=restarts_a_manager_of_reservations_that_are_out,
     ),
     "a_retry_that_repeats_tokens": Search(r"request \w+: token \d+ came again"),
+    "a_death_that_ends_requests": Search(
+        "it failed without a fault", is_worth_it=lambda schedule: not schedule.may_fail
+    ),
+    "a_hand_over_that_drops_a_token": Search(
+        r"token \d+ came|raised ScriptError|no fault may cause", is_worth_it=hands_over
+    ),
+    "a_hold_without_an_end": Search("hung: request|failed without a fault", is_worth_it=hands_over),
     "a_tier_that_forgets_the_prefix": Search(
         WRONG_TOKEN, first=22, is_worth_it=lambda schedule: schedule.num_host_blocks > 0
     ),

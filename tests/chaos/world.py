@@ -18,8 +18,9 @@ from callboard.actors.engine.simulated import SimulatedRunner
 from callboard.actors.kv_manager import KvManager
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec
 from callboard.actors.process import serve
+from callboard.actors.protocol import StartGenerate
 from callboard.bus import Address, Node, Ref, VirtualClock
-from callboard.bus.taps import RECEIVED, SENT, WHAT, Row, TapRecord
+from callboard.bus.taps import ANSWERED, RECEIVED, SENT, WHAT, Row, TapRecord
 from callboard.bus.testing import SimulatedProcess
 from callboard.bus.transports.sim import SimHub, SimTransport
 from callboard.kv.lanes import WIRES
@@ -189,8 +190,9 @@ class World:
         self.problems: list[str] = []
         self.log: list[tuple[Any, ...]] = []
         self.is_closing = False
-        self.is_calm = not schedule.faults and not schedule.weather.retry_rate
-        """Nothing goes wrong: every request must bring its tokens."""
+        self.is_calm = not schedule.may_fail
+        """What goes wrong, the fleet recovers from: every request must bring its tokens."""
+        self.num_continued = self.num_held = 0
         self.on_message: Callable[[Machine, str, str], None] = lambda machine, direction, kind: None
         self._supervisors: list[asyncio.Task[None]] = []
 
@@ -264,7 +266,7 @@ class World:
         self._supervisors.append(asyncio.get_running_loop().create_task(machine.keep()))
 
     def _router(self) -> RouterActor:
-        return RouterActor(RouterActor.Config(script=self.schedule.script))
+        return RouterActor(RouterActor.Config(script=self.schedule.script, options=self.schedule.options))
 
     def mend_wires(self) -> None:
         """Have no wire break any more."""
@@ -283,6 +285,10 @@ class World:
             )
             if record.what in (SENT, RECEIVED):
                 self.on_message(machine, what, record.name)
+            if record.what == RECEIVED and isinstance(message, StartGenerate):
+                self.num_continued += message.num_output_tokens > 0
+            elif record.what == ANSWERED and record.name == "Freeze":
+                self.num_held += not record.error
 
         return follow
 

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 from real_fleet import RealFleet, real_fleet
+from waiting import PATIENCE_S
 
 from callboard.actors.engine.simulated import Simulation, simulated_tokens
 from callboard.actors.protocol import Entry, Generate, ListEntries, SamplingParams, StartGenerate, Token
@@ -73,7 +74,7 @@ async def test_a_killed_directory_comes_back_and_nobody_has_missed_it(tmp_path: 
         router = fleet.client.ref(fleet.address("control", "main"))
         engine = fleet.client.ref((await listed(fleet))["a"].address)
         clients = Clients([router, engine])
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(PATIENCE_S):
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(clients.run(ref)) for ref in (router, engine)]
                 await clients.serve(2)

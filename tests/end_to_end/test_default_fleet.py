@@ -17,6 +17,7 @@ import openai
 import pytest
 from oracle import assert_tokens_pass_oracle
 from transformers import PreTrainedModel
+from waiting import PATIENCE_S
 
 from callboard.actors.protocol import GetKvStats, SamplingParams
 from callboard.bus import Node
@@ -52,7 +53,7 @@ async def assert_all_blocks_come_back(fleet: RunningFleet) -> None:
     managers = json.loads(callboard("ps", NAME, "--json").stdout)[0]["actors"]
     names = [row["name"] for row in managers if row["kind"] == "kv_manager"]
     assert len(names) == 2
-    async with Node(f"test-{os.getpid()}", fleet=NAME) as node, asyncio.timeout(10):
+    async with Node(f"test-{os.getpid()}", fleet=NAME) as node, asyncio.timeout(PATIENCE_S):
         for name in names:
             address = type(fleet.state.directory)(name, f"ipc://{fleet.folder}/{name}.sock", name)
             while True:

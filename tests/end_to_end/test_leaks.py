@@ -9,6 +9,7 @@ import pytest
 from fleet import Fleet, running_fleet
 from oracle import assert_tokens_pass_oracle
 from tiny_models import random_prompt
+from waiting import PATIENCE_S
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation, simulated_tokens
 from callboard.actors.protocol import SamplingParams
@@ -20,7 +21,7 @@ AT_ONCE = 12
 
 
 async def wait_until_engines_are_idle(fleet: Fleet) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         for actor in fleet.actors.values():
             scheduler = getattr(actor, "scheduler", None)
             while scheduler is not None and len(scheduler):

@@ -1,4 +1,4 @@
-"""SmolLM2 on twenty prompts through every path, equal to generate()."""
+"""SmolLM2 on many prompts through every path, equal to generate()."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +52,13 @@ def expected(smollm2: PreTrainedModel, prompts: list[list[int]]) -> list[list[in
 
 
 @pytest.mark.parametrize(
-    ("script", "options"),
-    [("round_robin", {}), ("disaggregate", {}), ("balanced", {"ratio": 0.2}), ("balanced", {"ratio": 0.6})],
+    ("script", "options", "every"),
+    [("disaggregate", {}, 1), ("round_robin", {}, 4), ("balanced", {"ratio": 0.2}, 4), ("balanced", {"ratio": 0.6}, 4)],
 )
-async def test_twenty_prompts_equal_generate(
+async def test_prompts_equal_generate(
     script: str,
     options: dict[str, float],
+    every: int,
     smollm2_path: Path,
     prompts: list[list[int]],
     expected: list[list[int]],
@@ -67,7 +68,8 @@ async def test_twenty_prompts_equal_generate(
     async with running_fleet(
         layout=layout, model=smollm2_path, engines=engines, script=script, options=options, num_blocks=96
     ) as fleet:
-        for prompt, tokens in zip(prompts, expected, strict=True):
+        # The other scripts move less, or the same between the same engines: of them, some prompts, the longest too.
+        for prompt, tokens in list(zip(prompts, expected, strict=True))[every - 1 :: every]:
             assert (await fleet.generate(prompt, GREEDY)).tokens == tokens
         again = await fleet.generate(prompts[-1], GREEDY)
         assert again.tokens == expected[-1]

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from callboard.actors.engine.sampling import candidates, noise, sample
 from callboard.actors.engine.step import Draw
 from callboard.actors.protocol import SamplingParams
+from callboard.kv.tokens import pack_tokens
 
 VOCAB = 211
 
@@ -84,3 +85,34 @@ def test_the_logprob_is_that_of_the_unfiltered_distribution():
     logits = logits_of(1)
     (chosen,) = sample(logits, [Draw(SamplingParams(temperature=0.5, top_k=3, seed=1), 0)])
     assert abs(chosen.logprob - torch.log_softmax(logits[0], -1)[chosen.token].item()) < 1e-5
+
+
+def penalized_token(logits, output, sampling):
+    """Which token wins, counted out by hand."""
+    row = logits[0].clone()
+    for token in set(output):
+        row[token] -= sampling.presence_penalty + output.count(token) * sampling.frequency_penalty
+    return int(row.argmax())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.floats(-2.0, 2.0), st.floats(-2.0, 2.0), st.lists(st.integers(0, VOCAB - 1), max_size=60), st.integers(0, 999)
+)
+def test_penalties_count_what_is_in_the_output(presence, frequency, output, seed):
+    logits = logits_of(1, seed)
+    output += [int(logits.argmax())] * 3
+    sampling = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    (chosen,) = sample(logits, [Draw(sampling, len(output), pack_tokens(output))])
+    assert chosen.token == penalized_token(logits, output, sampling)
+    # The logprob is of the distribution without penalties, as it is without temperature.
+    assert abs(chosen.logprob - float(torch.log_softmax(logits[0], -1)[chosen.token])) < 1e-4
+
+
+def test_penalties_change_nothing_for_others_of_the_batch():
+    logits = logits_of(2)
+    loved = int(logits[0].argmax())
+    harsh = SamplingParams(presence_penalty=2.0, frequency_penalty=2.0)
+    first, second = sample(logits, [Draw(harsh, 20, pack_tokens([loved] * 20)), Draw(SamplingParams(), 20)])
+    assert first.token != loved
+    assert second.token == int(logits[1].argmax())

@@ -15,12 +15,14 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from callboard.actors.actor import Actor, start_actor, stop_actor
+from callboard.actors.directory import Directory
 from callboard.actors.frontend.frontend import Frontend, ServedModel
 from callboard.actors.frontend.tokenizer import Tokenizer
-from callboard.actors.protocol import Generate, Token, Usage
+from callboard.actors.protocol import Entry, Generate, Token, Usage
+from callboard.actors.registration import Registration
 from callboard.bus import Node, current_call
 from callboard.bus.transports.inproc import InprocHub
-from callboard.kv.tokens import num_tokens
+from callboard.kv.tokens import num_tokens, unpack_tokens
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
@@ -63,7 +65,8 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 class ScriptedRouter(Actor):
     """Answers Generate by ``plan``: ids are tokens, floats pauses in seconds, strings their tokens, errors raised.
 
-    A plan that ends without an error ends with the model's end token, or at ``max_tokens``.
+    A plan that ends without an error ends with the model's end token, or at ``max_tokens``. A request that another
+    router has begun goes on behind what was sent, which must be the beginning of the plan.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -74,6 +77,9 @@ class ScriptedRouter(Actor):
         self.num_sent = 0
         self.all_ended = asyncio.Event()
         self._moved = asyncio.Event()
+
+    async def start(self) -> None:
+        self.registration = Registration(self, Entry(self.name, "router", self.ref.address))
 
     def says(self, *steps: Any) -> None:
         """Answer every request by these steps."""
@@ -119,9 +125,11 @@ class ScriptedRouter(Actor):
                 self.all_ended.set()
 
     async def _tokens(self, message: Generate) -> AsyncIterator[Token]:
-        position = 0
+        position, sent = 0, unpack_tokens(message.prompt)[num_tokens(message.prompt) - message.num_output_tokens :]
         usage = Usage(num_tokens(message.prompt), 4, num_tokens(message.prompt) - 4, 0, 0.0, 0.0, 0.0)
         for step in self.plan(message):
+            if isinstance(step, float | BaseException) and position < len(sent):
+                continue
             if isinstance(step, float):
                 await self.node.clock.sleep(step)
             elif isinstance(step, BaseException):
@@ -132,6 +140,10 @@ class ScriptedRouter(Actor):
             else:
                 ids = [step] if isinstance(step, int) else self.tokenizer.encode(step, add_special_tokens=False)
                 for id in ids:
+                    if position < len(sent):
+                        assert sent[position] == id, f"{sent} is not how this answer begins"
+                        position += 1
+                        continue
                     is_last = position + 1 == message.sampling.max_tokens
                     yield Token(position, id, -0.5, "length" if is_last else None, usage if is_last else None)
                     position += 1
@@ -141,11 +153,11 @@ class ScriptedRouter(Actor):
 
 
 class Door:
-    """A running frontend: its router, an httpx client and an openai client, both over a real socket."""
+    """A running frontend: its routers, an httpx client and an openai client, both over a real socket."""
 
-    def __init__(self, frontend: Frontend, router: ScriptedRouter, http: httpx.AsyncClient) -> None:
+    def __init__(self, frontend: Frontend, routers: list[ScriptedRouter], http: httpx.AsyncClient) -> None:
         self.frontend = frontend
-        self.router = router
+        self.router, self.routers = routers[0], routers
         self.http = http
         self.openai = openai.AsyncOpenAI(base_url=f"{frontend.url}/v1", api_key="secret", max_retries=0)
 
@@ -165,23 +177,36 @@ async def open_door(model_dir: Path, tokenizer: Tokenizer) -> AsyncIterator[Open
     """Return a coroutine that starts a frontend with the given settings and returns its Door."""
     async with AsyncExitStack() as stack:
 
-        async def start(**settings: Any) -> Door:
+        async def start(num_routers: int = 1, **settings: Any) -> Door:
+            """Of several routers the directory tells; a single one is known, and not in the directory."""
             hub = InprocHub()
-            control = await stack.enter_async_context(Node("control", endpoint="inproc://c", transport=hub.transport()))
-            other = await stack.enter_async_context(Node("router", endpoint="inproc://r", transport=hub.transport()))
-            router = ScriptedRouter(tokenizer)
-            ref = await start_actor(other, "router", router)
-            directory = settings.pop("directory", None)
-            settings.setdefault("models", {"tiny": ServedModel(str(model_dir), MAX_MODEL_LEN)})
-            config = Frontend.Config(router=ref.address, port=0, grace_s=1, **settings)
-            frontend = Frontend(config)
+
+            async def node(name: str) -> Node:
+                made = Node(name, endpoint=f"inproc://{name}", transport=hub.transport())
+                return await stack.enter_async_context(made)
+
+            control, other = await node("control"), await node("other")
+            directory = settings.pop("directory", Directory() if num_routers > 1 else None)
             address = None if directory is None else (await start_actor(other, "directory", directory)).address
-            await start_actor(
-                control, "frontend", frontend, directory=None if address is None else control.ref(address)
-            )
+            routers = [ScriptedRouter(tokenizer) for _ in range(num_routers)]
+            if num_routers == 1:
+                settings["router"] = (await start_actor(await node("router"), "router", routers[0])).address
+            else:
+                for index, router in enumerate(routers):
+                    place = await node(f"router-{index}")
+                    await start_actor(place, f"router-{index}", router, directory=place.ref(address))
+                    stack.push_async_callback(stop_actor, router)
+            settings.setdefault("models", {"tiny": ServedModel(str(model_dir), MAX_MODEL_LEN)})
+            frontend = Frontend(Frontend.Config(port=0, grace_s=1, **settings))
+            known = None if address is None else control.ref(address)
+            await start_actor(control, "frontend", frontend, directory=known)
             stack.push_async_callback(stop_actor, frontend)
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=frontend.url, timeout=20))
-            door = Door(frontend, router, http)
+            door = Door(frontend, routers, http)
+            num_asked = len(settings.get("routers", routers))
+            if num_routers > 1:
+                async with asyncio.timeout(10):
+                    await frontend._view.wait_for(lambda _: len(frontend._routers.there()) == num_asked)
             stack.push_async_callback(door.openai.close)
             return door
 

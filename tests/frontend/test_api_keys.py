@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+from callboard.actors.directory import Directory
+
 KEY = "sk-" + "k" * 45
 WRONG = ["", "s", KEY[:-1], KEY + "k", KEY.upper(), "sk-" + "x" * 45, "x" * 5000]
 ROUTES = [
@@ -88,3 +90,15 @@ async def test_every_key_is_compared_whole_whatever_was_given(door: Any, monkeyp
         compared.clear()
         await door.http.get("/v1/models", headers={"authorization": f"Bearer {key}".strip()})
         assert compared == [(32, 32), (32, 32)]
+
+
+@pytest.mark.parametrize("path", ["microserving/prep_recv", "microserving/start_generate", "v1/models", "anything"])
+async def test_engines_are_behind_the_same_keys_and_there_only_where_it_is_asked_for(open_door: Any, path: str) -> None:
+    closed = await open_door(directory=Directory())
+    assert (await closed.http.post(f"/engines/e/{path}", json={})).json()["error"]["code"] == "unknown_url"
+    door = await open_door(directory=Directory(), api_keys=("sk-one",), microserving=True)
+    for headers in ({}, {"authorization": "Bearer sk-two"}):
+        reply = await door.http.post(f"/engines/e/{path}", json={}, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    reply = await door.http.post(f"/engines/e/{path}", json={}, headers={"authorization": "Bearer sk-one"})
+    assert reply.status_code == 404

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import stop_actor
 from callboard.actors.directory import Directory
@@ -74,7 +75,7 @@ async def test_a_client_that_leaves_cancels_everything(door: Any, is_streamed: s
     door.router.says(*first, 30.0)
     body = f'{{"model": "tiny", "prompt": "x", "n": 2, "max_tokens": 50, "stream": {is_streamed}}}'
     _, writer = await raw_request(door, body.encode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await door.router.until(lambda: len(door.router.asked) == 2 and door.router.num_sent >= 2 * len(first))
         writer.transport.abort()
         await door.router.all_ended.wait()
@@ -86,7 +87,7 @@ async def test_a_client_that_does_not_read_holds_the_router_back(door: Any) -> N
     door.frontend._models["tiny"] = type(door.frontend._models["tiny"])("tiny", door.router.tokenizer, 10_000_000, 0)
     door.router.plan = lambda message: [70] * 200_000
     reader, writer = await raw_request(door, b'{"model":"tiny","prompt":"x","max_tokens":5000000,"stream":true}')
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         await door.router.until(lambda: door.router.num_sent > 300)
         await door.router.until_quiet()
         num_sent = door.router.num_sent
@@ -131,7 +132,7 @@ async def test_health_wants_an_engine_for_every_role(open_door: Any, model_dir: 
     for role in ("prefill", "decode"):
         engine = Entry(name=role, kind="engine", address=directory.address, model="tiny", roles=(role,))
         await directory.ask(Register(engine, 60.0))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await door.frontend._view.wait_for(lambda view, role=role: any(e.name == role for e in view.entries))
         statuses.append((await door.http.get("/health")).status_code)
     assert statuses == [503, 200]
@@ -146,7 +147,7 @@ async def test_health_says_which_model_has_no_engine(open_door: Any) -> None:
     assert (await door.http.get("/health")).status_code == 503
     ready = Entry(name="decode", kind="engine", address=directory.address, model="tiny")
     await directory.ask(Register(ready, 60.0))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await door.frontend._view.wait_for(lambda view: any(e.state == "ready" and e.model for e in view.entries))
         assert (await door.http.get("/health")).json() == {"status": "ok", "missing": []}
         view = await door.frontend._view.wait_for(lambda view: any(e.kind == "frontend" for e in view.entries))
@@ -165,7 +166,7 @@ async def test_a_taken_port_fails_at_once_with_its_number(open_door: Any, door: 
 async def test_stopping_ends_the_requests_with_an_error_and_frees_the_port(door: Any) -> None:
     door.router.says("x", 30.0)
     streamed, whole = asyncio.ensure_future(door.complete(stream=True)), asyncio.ensure_future(door.complete())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await door.router.until(lambda: door.router.num_sent == 2)
         await stop_actor(door.frontend)
         await door.router.all_ended.wait()
@@ -179,7 +180,7 @@ async def test_stopping_ends_the_requests_with_an_error_and_frees_the_port(door:
 async def test_stopping_lets_requests_end(door: Any) -> None:
     door.router.says("Hello", 0.2, " world")
     request = asyncio.ensure_future(door.complete())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await door.router.until(lambda: door.router.num_sent == 1)
         await stop_actor(door.frontend)
     assert (await request).json()["choices"][0]["text"] == "Hello world"

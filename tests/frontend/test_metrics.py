@@ -8,6 +8,7 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from served_fleet import Scraped, samples_of, value
+from waiting import PATIENCE_S
 
 from callboard.actors.directory import Directory
 from callboard.actors.frontend.frontend import ServedModel
@@ -27,7 +28,7 @@ async def scrape(door: Any) -> Scraped:
 
 async def ended(door: Any, count: int) -> Scraped:
     """Wait until so many requests have ended, and scrape: what a client has read may not be counted yet."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             found = await scrape(door)
             if sum(number for (name, _), number in found.items() if name == "callboard_requests_total") == count:
@@ -163,7 +164,7 @@ async def test_ready_says_in_sentences_what_is_missing_and_live_is_always_200(
         return answer.status_code, answer.json()["missing"]
 
     async def until(expected: tuple[int, list[str]]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while await ready() != expected:
                 await asyncio.sleep(0.02)
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from real_fleet import RealFleet, real_fleet
+from waiting import PATIENCE_S
 
 from callboard.actors.engine.simulated import Simulation
 from callboard.actors.frontend import connection
@@ -88,7 +89,7 @@ async def test_clients_that_do_not_read_are_cut_off_and_slow_nobody(fleet: RealF
         return fleet.log("control").count("was cancelled: its client took nothing")
 
     async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=PATIENCE_S))
 
         async def ask() -> None:
             reply = await http.post("/v1/completions", json={**ASKED, "max_tokens": 50})
@@ -98,7 +99,7 @@ async def test_clients_that_do_not_read_are_cut_off_and_slow_nobody(fleet: RealF
             stack.enter_context(send_request(url, f"slow-{number}", max_tokens=ENDLESS)) for number in range(NUM_SLOW)
         ]
         # The last place in the queue and in the batch serves on, before and while the others are held back and cut.
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while num_cut() < NUM_SLOW:
                 await ask()
                 num_served += 1
@@ -142,7 +143,7 @@ async def test_a_request_that_never_comes_to_its_end_is_cut_off(
     monkeypatch.setattr(connection, "REQUEST_S", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", door.frontend.port)
     writer.write(sent)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert await reader.read() == b""
     writer.transport.abort()
 
@@ -152,7 +153,7 @@ async def test_a_kept_connection_may_be_idle(door: Any, monkeypatch: pytest.Monk
     reader, writer = await asyncio.open_connection("127.0.0.1", door.frontend.port)
     for _ in range(2):
         writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200")
             await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r")[0]))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 from callboard.actors.frontend.trace_context import MOST_STATE, TraceContext, accept, parse
 from callboard.bus import AskTimeout, TapRecord
@@ -234,7 +235,7 @@ async def test_only_a_stream_says_when_its_first_token_left(door: Any) -> None:
         body = {"model": "tiny", "prompt": "the", "stream": is_stream}
         name = (await door.http.post("/v1/completions", json=body)).headers["x-request-id"]
         found: list[TapRecord] = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not found:
                 await asyncio.sleep(0.01)  # The answer has come; its record follows.
                 found = [record for row in node.trace.of(name) if (record := TapRecord(*row)).name == "http"]

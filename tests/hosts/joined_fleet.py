@@ -8,12 +8,12 @@ import secrets
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_byte_tokenizer
+from waiting import PATIENCE_S, wait_until
 
 from callboard.bus.keys import KEY_FILE, SECRET_BYTES, format_secret
 
@@ -64,13 +64,13 @@ class Pending:
     def __init__(self) -> None:
         self.lines: queue.Queue[dict[str, Any]] = queue.Queue()
 
-    def next(self, seconds: float = 30.0) -> dict[str, Any]:
+    def next(self, seconds: float = PATIENCE_S) -> dict[str, Any]:
         """Return the next line about it. Raises queue.Empty."""
         line = self.lines.get(timeout=seconds)
         assert "failed" not in line, line
         return line
 
-    def end(self, seconds: float = 30.0) -> dict[str, Any]:
+    def end(self, seconds: float = PATIENCE_S) -> dict[str, Any]:
         """Return the last line."""
         while "first" in (line := self.next(seconds)):
             pass
@@ -209,12 +209,9 @@ class JoinedFleet:
             for each in stats.values()
         )
 
-    def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
         """Wait for what happens on the hosts."""
-        ends = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < ends, "it did not come to pass"
-            time.sleep(0.1)
+        wait_until(condition, seconds)
 
     def _read(self, agent: subprocess.Popen[str]) -> None:
         assert agent.stdout is not None

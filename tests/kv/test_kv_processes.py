@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.directory import Directory
@@ -59,7 +60,7 @@ def start_writer(*arguments):
 
 
 async def until(ask, holds):
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds(stats := await ask()):
             await asyncio.sleep(0.01)
     assert stats.problems == ()
@@ -111,7 +112,7 @@ async def test_a_manager_is_in_the_directory_with_its_load(tmp_path):
         manager = KvManager(KvManager.Config("d", LAYOUT, 8, device="cpu:0", socket_dir=str(tmp_path / "pools")))
         ref = await start_actor(node, "d", manager, directory=directory)
         await ref.ask(PrepRecv("r", 0, pack_tokens(PROMPT)))
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 entries = (await directory.ask(ListEntries())).entries
                 if entries and entries[0].load.free_blocks == 5:

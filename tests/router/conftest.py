@@ -31,7 +31,7 @@ from callboard.bus import Address, Node, Ref, VirtualClock
 from callboard.bus.testing import VirtualLoop
 from callboard.bus.transports.inproc import InprocHub
 from callboard.kv.layout import KvLayout
-from callboard.kv.tokens import num_tokens, pack_tokens
+from callboard.kv.tokens import num_tokens, pack_tokens, unpack_tokens
 from callboard.router.actor import RouterActor
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=8)
@@ -91,6 +91,7 @@ class NotingEngine(Actor):
         self.manager = manager
         self.roles = roles
         self.calls: list[tuple[Any, ...]] = []
+        self.prompts: list[tuple[list[int], int]] = []
         self.token_s = 0.001
         self.error: Exception | None = None
         self.fails_at = 0
@@ -106,11 +107,12 @@ class NotingEngine(Actor):
     async def on_start_generate(self, message: StartGenerate) -> AsyncIterator[Token]:
         reservation = None if message.kv is None else message.kv.reservation_id
         self.calls.append(("start_generate", message.request_id, message.attempt, message.begin, reservation))
+        self.prompts.append((unpack_tokens(message.prompt), message.num_output_tokens))
         if reservation is not None:
             self.manager.reserved.pop(reservation)
         self.num_open += 1
         try:
-            for position in range(message.sampling.max_tokens):
+            for position in range(message.num_output_tokens, message.sampling.max_tokens):
                 if self.error is not None and position == self.fails_at:
                     raise self.error
                 await self.node.clock.sleep(self.token_s)

@@ -86,7 +86,16 @@ def test_a_script_that_is_not_there_is_named_with_what_is():
 
 
 def test_every_shipped_script_loads():
-    assert shipped_scripts() == ["balanced", "disaggregate", "least_loaded", "round_robin"]
+    assert shipped_scripts() == [
+        "adaptive",
+        "balanced",
+        "chain",
+        "disaggregate",
+        "least_loaded",
+        "migrate",
+        "prefix_aware",
+        "round_robin",
+    ]
     for name in shipped_scripts():
         script = load_script(name)
         assert script.name == name

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from callboard.actors.protocol import GetSubRequests
-from callboard.router import ScriptError
+from callboard.router import NoEngine, ScriptError
 
 
 async def one_prefill_one_decode(fleet, script, **config):
@@ -156,5 +156,60 @@ async def test_a_script_that_exits_ends_its_request_and_not_the_fleet(fleet, wri
     await fleet.add_engine("a")
     await fleet.add_router(write_script("import sys\nasync def route(request, fleet):\n    sys.exit(3)\n    yield\n"))
     with pytest.raises(ScriptError, match=r"script\.py:6: route raised SystemExit: 3"):
+        await fleet.generate()
+    assert fleet.is_clean()
+
+
+async def test_chain_has_each_engine_compute_its_range_behind_what_it_was_sent(fleet):
+    for name in ("a", "b", "c"):
+        await fleet.add_engine(name)
+    await fleet.add_router("chain", options={"min_range": 100})
+    assert await fleet.generate(prompt=350) == [100, 101, 102]
+    assert fleet.managers["kv-a"].calls == [("remote_send", "r", "a", 0, 116)]
+    assert fleet.managers["kv-b"].calls == [
+        ("prep_recv", "r", 0, 116),
+        ("release", "r1"),
+        ("remote_send", "r", "b", 0, 233),
+    ]
+    assert fleet.managers["kv-c"].calls == [("prep_recv", "r", 0, 233)]
+    assert fleet.engines["c"].calls == [("start_generate", "r", 0, 233, "r1")]
+    assert fleet.is_clean()
+
+
+async def test_chain_leaves_a_short_prompt_to_one_engine(fleet):
+    for name in ("a", "b"):
+        await fleet.add_engine(name)
+    await fleet.add_router("chain", options={"min_range": 100})
+    for number, length in enumerate((1, 99, 199)):
+        await fleet.generate(f"r{number}", prompt=length)
+    calls = [call for manager in fleet.managers.values() for call in manager.calls]
+    assert not [call for call in calls if call[0] == "remote_send"]
+    assert fleet.is_clean()
+
+
+@pytest.mark.parametrize("script", ["prefix_aware", "migrate"])
+async def test_a_cached_prefix_draws_requests_until_its_engine_is_busy(fleet, script):
+    for name in ("a", "b"):
+        await fleet.add_engine(name)
+        fleet.engines[name].token_s = 1.0
+    await fleet.add_router(script)
+    fleet.managers["kv-b"].num_cached = 4000
+    await fleet.generate("first", prompt=4096, max_tokens=1)  # The router knows of none such, and asks nobody.
+    assert not any(manager.calls for manager in fleet.managers.values())
+    for engine in fleet.engines.values():
+        engine.calls.clear()
+    await asyncio.gather(*(fleet.generate(f"r{n}", prompt=4096, max_tokens=2) for n in range(6)))
+    assert [len(engine.calls) for engine in fleet.engines.values()] == [0, 6]
+    # 96 tokens of each have to be computed there, all of 4096 elsewhere: it takes many for that to be sooner.
+    await asyncio.gather(*(fleet.generate(f"s{n}", prompt=4096, max_tokens=2) for n in range(100)))
+    others, holder = (len(engine.calls) for engine in fleet.engines.values())
+    assert 0 < others < 20 < holder
+    assert fleet.is_clean()
+
+
+@pytest.mark.parametrize("script", ["prefix_aware", "migrate", "adaptive", "chain", "least_loaded", "disaggregate"])
+async def test_a_script_without_an_engine_is_told_which_is_missing(fleet, script):
+    await fleet.add_router(script, patience_s=0.0)
+    with pytest.raises(NoEngine):
         await fleet.generate()
     assert fleet.is_clean()

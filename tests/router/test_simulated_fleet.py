@@ -35,7 +35,14 @@ async def expected():
         return await all_tokens(fleet)
 
 
-STRATEGIES = [("disaggregate", {}), *[("balanced", {"ratio": ratio}) for ratio in (0.0, 0.1, 0.37, 0.5, 0.8, 1.0)]]
+STRATEGIES = [
+    ("disaggregate", {}),
+    *[("balanced", {"ratio": ratio}) for ratio in (0.0, 0.1, 0.37, 0.5, 0.8, 1.0)],
+    ("prefix_aware", {}),
+    ("migrate", {}),
+    ("adaptive", {}),
+    ("chain", {"min_range": 8}),
+]
 
 
 @pytest.mark.parametrize(("script", "options"), STRATEGIES)
@@ -61,7 +68,7 @@ async def test_disaggregation_computes_the_prompt_on_the_prefill_engine():
         assert (generate.num_computed_tokens, generate.num_reused_tokens) in ((1, 99), (1, 100), (0, 100))
 
 
-@pytest.mark.parametrize("script", ["round_robin", "disaggregate", "balanced"])
+@pytest.mark.parametrize("script", ["round_robin", "disaggregate", "balanced", "adaptive", "migrate", "chain"])
 async def test_requests_cancelled_at_any_moment_leak_nothing(script):
     rng = random.Random(5)
     async with fleet_of("p", "d", script=script) as fleet:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from waiting import PATIENCE_S
 from zmq.utils import z85
 
 from callboard.bus import Address, Ask, LinkConfig, LinkLost, Message, Node, Ref, Stream
@@ -132,7 +133,7 @@ async def test_who_dials_must_show_the_key_of_the_name_it_gives(tcp: Node, hello
         member.setsockopt(zmq.CURVE_SECRETKEY, KEYS.member.secret)
         member.connect(tcp.endpoint)
         member.send(encode_batch(("i", 0, [hello])))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not member.poll(0):
                 await asyncio.sleep(0.001)
         (first, *_) = decode_batch(member.recv())[2]
@@ -255,6 +256,6 @@ async def test_a_transport_stops_though_more_strangers_came_than_it_could_count(
                 num_refused = 0
         except TimeoutError:
             num_refused += 1
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         await transport.stop()
     assert transport.num_strangers > 500

@@ -12,6 +12,7 @@ from random import Random
 
 import pytest
 import zmq
+from waiting import PATIENCE_S
 
 from callboard.bus import Address, Ask, Message, Node
 from callboard.bus.frames import MAX_FRAME_BYTES, PROTOCOL_VERSION, Hello, encode_batch
@@ -78,7 +79,7 @@ class Besieged:
         return (await self.server.ask(Inspect(), timeout=10)).num_strangers
 
     async def until_counted(self, number: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while await self.num_strangers() < number:
                 await asyncio.sleep(0.005)
 

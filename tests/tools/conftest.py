@@ -1,5 +1,6 @@
 """Fixtures: a private place for fleets, the command line as users run it, and a fleet that many tests look at."""
 
+import asyncio
 import copy
 import json
 import os
@@ -18,7 +19,9 @@ from typing import Any, Self
 import my_actors
 import pytest
 from served_fleet import ServedFleet, in_a_thread, rows_of, state_of
+from waiting import PATIENCE_S, wait_until
 
+from callboard.actors.protocol import Entry
 from callboard.bus import Ask, BusError
 from callboard.tools.bus_client import ask, list_entries
 from callboard.tools.cli import main
@@ -35,6 +38,15 @@ MODEL = {
 }
 
 ACTORS = Path(my_actors.__file__)
+
+
+SHORT = {"check", "down", "keys", "logs", "metrics", "ps", "replay", "requests", "top", "trace"}
+"""Commands that look at a fleet, or tell it something, and end: most of a process for one is its start."""
+
+
+def _is_free() -> bool:
+    """Say whether this is the main thread, and no loop runs in it: a command may take it."""
+    return threading.current_thread() is threading.main_thread() and asyncio._get_running_loop() is None
 
 
 class Place:
@@ -73,14 +85,17 @@ class Place:
         actor = f'[[actor]]\nname = "ping"\nclass = "my_actors:{kind}"\noptions = {options}\nrestart = {restart}\n'
         return str(self.write(f'name = "test"\n{actor}'))
 
-    def callboard(self, *words: str, timeout: float = 40.0) -> subprocess.CompletedProcess[str]:
+    def callboard(self, *words: str, timeout: float = 2 * PATIENCE_S) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        if words[0] in SHORT and _is_free():
+            return self.run(*words)
         command = [sys.executable, "-P", "-m", "callboard.tools.cli", *words]
         return subprocess.run(
             command, env=self.env, cwd=self.folder, text=True, capture_output=True, timeout=timeout, check=False
         )
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as ``callboard`` does, but in this process: for the many that end with a sentence at once."""
+        """Run a command as ``callboard`` does, but in this process: a process for each would take half a minute."""
         with pytest.MonkeyPatch.context() as patch, TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
             for name in os.environ.keys() | self.env.keys():
                 patch.delenv(name, raising=False)
@@ -100,17 +115,19 @@ class Place:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.env, cwd=self.folder, text=True, stdout=pipe, stderr=pipe)
 
-    def ask(self, message: Ask[my_actors.Greeted], *, timeout: float = 5.0) -> str:
+    def ask(self, message: Ask[my_actors.Greeted], *, timeout: float = PATIENCE_S) -> str:
         """Ask the actor "ping" of the fleet "test"; return its answer, or the name of the error."""
         fleet = state_of(self)
 
         def visit() -> str:
-            pause = threading.Event()
-            for _ in range(200):  # It enters the directory a little after it is ready.
-                if found := [entry for entry in list_entries(fleet) if entry.name == "ping"]:
-                    break
-                pause.wait(0.05)
-            [entry] = found
+            entries: dict[str, Entry] = {}
+
+            def is_listed() -> bool:  # It enters the directory a little after it is ready.
+                entries.update({entry.name: entry for entry in list_entries(fleet)})
+                return "ping" in entries
+
+            wait_until(is_listed)
+            entry = entries["ping"]
             try:
                 return ask(fleet, entry.address, message, timeout=timeout).text
             except BusError as error:
@@ -180,14 +197,5 @@ def fleet(standing: ServedFleet, tmp_path: Path) -> Iterator[ServedFleet]:
 
 @pytest.fixture
 def eventually() -> Callable[..., None]:
-    """Wait until a condition holds; fail after some seconds."""
-
-    def wait(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-        pause = threading.Event()
-        for _ in range(int(seconds / 0.05)):
-            if condition():
-                return
-            pause.wait(0.05)
-        raise AssertionError("it did not come to pass")
-
-    return wait
+    """Wait until a condition holds; what it saw is told if it never does."""
+    return wait_until

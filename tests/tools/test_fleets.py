@@ -10,6 +10,7 @@ from typing import Any
 
 from my_actors import Die, Greet, Hang
 from served_fleet import state_of
+from waiting import PATIENCE_S
 
 Eventually = Callable[..., None]
 
@@ -70,7 +71,7 @@ def test_ctrl_c_stops_a_fleet_in_the_foreground(place: Any) -> None:
     assert any("Fleet test is up." in line for line in up.stdout)
     assert len(place.processes()) == 3
     up.send_signal(signal.SIGINT)
-    _, errors = up.communicate(timeout=20)
+    _, errors = up.communicate(timeout=PATIENCE_S)
     assert (up.returncode, "Traceback" in errors) == (0, False)
     assert place.is_empty()
 
@@ -80,7 +81,7 @@ def test_ctrl_c_while_starting_leaves_nothing(place: Any, eventually: Eventually
         up = place.start(*words, place.actor_fleet("NeverReady"))
         eventually(lambda: any(place.runtime.glob("callboard/test/ping.sock")))
         up.send_signal(signal.SIGINT)
-        _, errors = up.communicate(timeout=20)
+        _, errors = up.communicate(timeout=PATIENCE_S)
         assert "Traceback" not in errors
         eventually(place.is_empty)
 
@@ -89,7 +90,7 @@ def test_ctrl_c_does_not_wait_for_a_model_that_is_being_read(place: Any, eventua
     up = place.start("up", place.actor_fleet("Loading"))
     eventually(lambda: any(place.runtime.glob("callboard/test/ping.sock")))
     up.send_signal(signal.SIGINT)
-    _, errors = up.communicate(timeout=5)
+    _, errors = up.communicate(timeout=7.5)  # The supervisor kills after 8 s.
     assert (up.returncode, "stopping" in errors) == (0, True)
     assert place.is_empty()
 
@@ -108,7 +109,7 @@ def test_killing_the_launcher_ends_even_an_actor_that_hangs(place: Any, eventual
     assert any("Fleet test is up." in line for line in up.stdout)
     assert place.ask(Hang(), timeout=0.2) == "AskTimeout"
     up.kill()
-    up.communicate(timeout=20)
+    up.communicate(timeout=PATIENCE_S)
     eventually(place.is_empty)
 
 

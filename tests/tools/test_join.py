@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.directory import Directory
@@ -222,7 +223,7 @@ async def test_a_launcher_says_when_the_fleet_is_lost_and_found_and_when_another
         heard.set()
 
     async def next_said() -> tuple[str, bool]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not said:
                 heard.clear()
                 await heard.wait()

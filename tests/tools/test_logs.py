@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from my_actors import Die
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 from callboard.actors import logs as node_logs
 from callboard.actors.kept_logs import MOST_FILE_BYTES, MOST_FLEETS, keep_logs
@@ -285,7 +286,7 @@ def test_logs_are_followed_until_the_fleet_ends(place: Any) -> None:
     while "RuntimeError: a bug" not in text:
         text += follow.stdout.readline()
     place.callboard("down")
-    rest, errors = follow.communicate(timeout=20)
+    rest, errors = follow.communicate(timeout=PATIENCE_S)
     assert "stopping" in rest
     assert (follow.returncode, errors) == (0, "fleet test has ended\n")
 

@@ -197,6 +197,45 @@ def test_user_actors_alone_make_a_fleet_without_http(place: Any) -> None:
     assert not plan.nodes[1].dies_with_launcher
 
 
+ROUTER = '[[router]]\nname = "{}"\nscript = "disaggregate"\n'
+
+
+def test_one_router_is_beside_the_frontend_and_of_several_each_has_a_process(place: Any) -> None:
+    place.model()
+    one = make(TWO + ROUTER.format("only") + 'deadline = "7s"\npatience = "3s"\n', place)
+    assert [actor.name for actor in one.nodes[0].actors] == ["directory", "only", "frontend"]
+    frontend = one.nodes[0].actors[-1].config
+    assert (frontend["router"][2], frontend["request_timeout_s"], frontend["patience_s"]) == ("only", 8.0, 3.0)
+    two = make(TWO + ROUTER.format("main") + 'count = 2\nrestart = { backoff = "90ms", max = 9 }\n', place)
+    nodes = {node.name: node for node in two.nodes}
+    assert [actor.name for actor in nodes["control"].actors] == ["directory", "frontend"]
+    for name in ("main-0", "main-1"):
+        node, [actor] = nodes[name], nodes[name].actors
+        assert (node.kind, node.dies_with_launcher, node.is_essential) == ("router", True, False)
+        assert (node.restart.is_enabled, node.restart.backoff_s, node.restart.max_restarts) == (True, 0.09, 9)
+        assert (actor.name, actor.config["name"]) == (name, name)
+        assert [node in stage for stage in two.stages] == [False, True, False]
+    frontend = nodes["control"].actors[-1].config
+    assert (frontend.get("router"), frontend["routers"]) == (None, [])
+
+
+def test_the_frontend_does_not_ask_inner_routers(place: Any) -> None:
+    place.model()
+    text = TWO + ROUTER.format("outer") + ROUTER.format("inner") + "inner = true\n"
+    plan = make(text, place)
+    assert [node.name for node in plan.nodes if node.kind == "router"] == ["outer", "inner"]
+    assert plan.nodes[0].actors[-1].config["routers"] == ["outer"]
+    with pytest.raises(FleetFileError, match="every router is inner"):
+        make(TWO + ROUTER.format("inner") + "inner = true\n", place)
+
+
+def test_engines_are_asked_past_the_routers_only_where_the_file_says_so(place: Any) -> None:
+    place.model()
+    assert make(TWO, place).nodes[0].actors[-1].config["microserving"] is False
+    text = TWO.replace("[models.tiny]", "[listen]\nmicroserving = true\n[models.tiny]")
+    assert make(text, place).nodes[0].actors[-1].config["microserving"] is True
+
+
 def test_on_tcp_everybody_is_told_the_same_endpoints_and_handed_the_keys(place: Any) -> None:
     place.model()
     bus = "tcp://127.0.0.1:0"

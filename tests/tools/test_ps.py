@@ -15,12 +15,20 @@ from callboard.tools.units import format_count, format_span
 Eventually = Callable[..., None]
 
 
+def is_at_rest(fleet: ServedFleet) -> bool:
+    """Say whether what was asked before has ended for engines and managers, as they report it."""
+    rows = fleet.rows()
+    busy = [rows[name]["num_running"] or rows[name]["num_waiting"] for name in ("prefill", "decode")]
+    return not any(busy) and not any(rows[name]["used_blocks"] for name in ("kv-cpu0", "kv-cpu1"))
+
+
 def test_ps_shows_roles_uptime_load_blocks_lanes_and_the_script_in_120_columns(
     fleet: ServedFleet, eventually: Eventually
 ) -> None:
     place = fleet.place
     fleet.complete("x" * 100)
     eventually(lambda: fleet.rows()["kv-cpu0"]["lanes"] != "")
+    eventually(lambda: fleet.rows()["kv-cpu1"]["cached_blocks"] >= 6 and is_at_rest(fleet))
     heading, titles, *lines = place.callboard("ps").stdout.splitlines()
     assert heading == f"Fleet test: ready at {fleet.url}/v1"
     assert titles.split() == ["NAME", "ROLE", "MODEL", "STATE", "UP", "LOAD", "USED", "CACHED", "BLOCKS", "WITH"]
@@ -44,7 +52,7 @@ def test_ps_json_has_everything_of_an_engine_and_a_manager(fleet: ServedFleet, e
     num_cached = before["kv-cpu1"]["cached_blocks"] + 6
     fleet.complete("ps " * 33 + "?", max_tokens=5)
     eventually(lambda: fleet.rows()["decode"]["counters"]["num_generated_tokens"] == num_generated)
-    eventually(lambda: fleet.rows()["kv-cpu1"]["cached_blocks"] == num_cached)
+    eventually(lambda: fleet.rows()["kv-cpu1"]["cached_blocks"] == num_cached and is_at_rest(fleet))
     [found] = json.loads(fleet.place.callboard("ps", "--json").stdout)
     assert (found["name"], found["state"], found["url"], found["problem"]) == ("test", "ready", fleet.url, None)
     rows = {row["name"]: row for row in found["actors"]}

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 from callboard.bus.taps import ENDED, SENT
 from callboard.tools.trace.recording import Noticed, Recording, read_recording
@@ -32,7 +33,7 @@ def recorder(fleet: ServedFleet, *words: str, path: str = "a.rec") -> Iterator[s
             if "now following" in line:
                 break
         yield process
-        process.wait(30)
+        process.wait(PATIENCE_S)
     finally:
         process.kill()
         process.communicate()
@@ -57,7 +58,7 @@ def ask_for_two(fleet: ServedFleet) -> None:
     request = urllib.request.Request(
         f"{fleet.url}/v1/completions", json.dumps(body).encode(), headers={"content-type": "application/json"}
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=PATIENCE_S) as answer:
         assert len(json.load(answer)["choices"]) == 2
 
 
@@ -100,7 +101,7 @@ def test_a_signal_ends_a_recording_in_order(fleet: ServedFleet, number: int) -> 
     with recorder(fleet) as process:
         ask(fleet, 3)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert "Recorded 3 requests" in out
     assert "callboard replay a.rec" in out
@@ -208,7 +209,7 @@ def test_a_recording_goes_on_without_a_killed_engine_and_ends_with_its_fleet(
         eventually(lambda: fleet.complete("are you back?")[0] == 200)
         eventually(lambda: num_whole(fleet) >= 4)
         place.callboard("down")
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert "has ended" in out
     recording = read_recording(path_of(fleet))

@@ -1,14 +1,14 @@
 """The supervisor alone: every start of a manager has a new pool, and the stop is in order."""
 
-import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
 from callboard.actors.supervisor import NodeFailed, NodeState, Supervisor
@@ -50,12 +50,6 @@ async def supervisor(place: Any, states: list[NodeState], **options: Any) -> Asy
     finally:
         await made.stop()
         assert not place.processes()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_a_manager_that_comes_back_has_a_new_pool(place: Any) -> None:
@@ -103,7 +97,8 @@ async def test_an_essential_node_that_is_given_up_is_fatal(place: Any) -> None:
 
         def is_fatal_or_killed_again() -> bool:
             if fleet.states["ping"].state == "ready":
-                os.kill(fleet.states["ping"].pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # It is dead, and the supervisor about to say so.
+                    os.kill(fleet.states["ping"].pid, signal.SIGKILL)
             return fleet.fatal.is_set()
 
         await until(is_fatal_or_killed_again)

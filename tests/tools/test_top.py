@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from rich.console import Console
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 from callboard.actors.protocol import Counters, Entry, Load
 from callboard.actors.stats_protocol import FrontendStats, ModelStats, Percentiles
@@ -133,7 +134,7 @@ def test_a_pipe_gets_one_frame_with_rates_latencies_and_pools(fleet: ServedFleet
     process = fleet.place.start("top", "--interval", "2")
     for _ in range(10):
         fleet.complete("x" * 100, max_tokens=20)
-    out, errors = process.communicate(timeout=20)
+    out, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, "")
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert lines["Fleet"][:6] == ["Fleet", "test", "2", "of", "2", "engines"]
@@ -165,7 +166,7 @@ async def test_json_adds_up_to_what_was_asked_from_a_fleets_begin_to_its_end(
     assert door.itl_s is not None
     assert door.itl_s.count == 5 * 29
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
 
     # Who watches is told of the end: lines in a sentence, and the live view, which then closes.
@@ -177,11 +178,11 @@ async def test_json_adds_up_to_what_was_asked_from_a_fleets_begin_to_its_end(
     async with app.run_test() as pilot:
         await shows(app, pilot, "2 of 2 engines ready")
         threading.Thread(target=place.callboard, args=("down",)).start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while app.error is None:
                 await asyncio.sleep(0.05)
     assert str(app.error) == 'fleet "test" has ended'
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, 'callboard: fleet "test" has ended\n')
 
 
@@ -201,7 +202,7 @@ async def test_a_directory_that_does_not_answer_is_said_and_then_given_up(
     frames: list[Frame] = []
 
     async def watch() -> None:
-        async with asyncio.timeout(20), top_watch.watching(open_fleet("test"), 0.2) as watcher:
+        async with asyncio.timeout(PATIENCE_S), top_watch.watching(open_fleet("test"), 0.2) as watcher:
             async for frame in watcher.frames():
                 frames.append(frame)
                 os.kill(control, signal.SIGSTOP)
@@ -235,7 +236,7 @@ def test_a_control_process_that_is_restarted_is_waited_for(shaken: ServedFleet, 
 
     eventually(is_whole_again)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_S)
 
 
 def text_of(app: TopApp) -> str:
@@ -243,7 +244,7 @@ def text_of(app: TopApp) -> str:
 
 
 async def shows(app: TopApp, pilot: Any, word: str) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_S):
         while word not in text_of(app):
             await pilot.pause(0.05)
 
@@ -258,7 +259,7 @@ async def test_the_live_view_shows_sorts_pauses_and_quits(fleet: ServedFleet, mo
         await pilot.press("space")
         await shows(app, pilot, "Paused")
         await pilot.press("space", "s")
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             while "Paused" in text_of(app):
                 await pilot.pause(0.05)
         assert all(word in text_of(app) for word in ("TTFT p50", "OUTPUT/S", "HITS", "Quit"))
@@ -271,7 +272,7 @@ async def test_ctrl_c_leaves_the_live_view(fleet: ServedFleet, monkeypatch: pyte
     app = TopApp(open_fleet("test"), 0.2)
     async with app.run_test() as pilot:
         await pilot.press("ctrl+c")
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             while app.is_running:
                 await asyncio.sleep(0.02)
     assert app.error is None

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.protocol import BadRequest, Done, Generate, SamplingParams
@@ -90,7 +91,7 @@ async def world(config: Tracer.Config | None = None, *, is_zmq: bool = False) ->
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -137,7 +138,7 @@ async def test_one_that_does_not_read_loses_records_and_is_told_how_many() -> No
             await anext(items)
             await w.note("r", count)
             got, lost, told = 0, 0, 0
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while got + lost < count:
                     batch: Records = await anext(items)
                     got, lost, told = got + len(batch.records), lost + batch.num_lost, batch.num_records
@@ -176,7 +177,7 @@ async def test_bodies_as_long_as_messages_fill_neither_memory_nor_a_message() ->
                 held = sum(len(row[BODY]) for row in w.tracer._followers[0].rows if isinstance(row, tuple))
                 assert held < MOST_WAITING_BYTES + 2 * num_bytes
             received, lost = 0, 0
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while not lost:
                     batch = await anext(items)
                     lost += batch.num_lost

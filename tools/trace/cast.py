@@ -14,6 +14,7 @@ _KIND_OF_PHASE = {
     "read": "frontend",
     "tokenise": "frontend",
     "write": "frontend",
+    "reroute": "frontend",
     "attempt": "router",
     "script": "router",
     "blocks": "kv_manager",
@@ -26,6 +27,7 @@ _KIND_OF_PHASE = {
     "compute": "engine",
     "decode": "engine",
     "paused": "engine",
+    "held": "engine",
 }
 _KIND_OF_SERVED = {
     "generate": "router",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from callboard.actors.protocol import ATTEMPTS_EACH
 from callboard.bus.taps import SPAN
 from callboard.tools.units import format_size
 
@@ -212,8 +213,15 @@ def _attempt(told: Told, reader: Reader) -> str:
     facts = told.facts
     why = ", ".join(f"{name[4:]}={_short(value)}" for name, value in facts.items() if name.startswith("why."))
     number = facts.get("number", 0)
-    again = f", attempt {number + 1}" if isinstance(number, int) and number > 0 else ""
-    return f"ran script {facts.get('script', '?')}{again}" + (f": {why}" if why else "")
+    router, attempt = divmod(number, ATTEMPTS_EACH) if isinstance(number, int) and number > 0 else (0, 0)
+    after = f", after {count(router, 'other router')}" if router else ""
+    again = f", attempt {attempt + 1}" if attempt else ""
+    return f"ran script {facts.get('script', '?')}{after}{again}" + (f": {why}" if why else "")
+
+
+def _reroute(told: Told, reader: Reader) -> str:
+    facts = told.facts
+    return f"went on with {facts.get('to', 'another router')}: {facts.get('why', 'the one before is gone')}"
 
 
 def _says(text: str) -> Phrase:
@@ -263,6 +271,7 @@ _PHASE: dict[str, Phrase] = {
     "write": _says("wrote the end of the answer"),
     "client": _says("waited for the client to read"),
     "wait": _says("waited for an engine to be there"),
+    "reroute": _reroute,
     "attempt": _attempt,
     "script": _says("ran the script's own code"),
     "blocks": _blocks,
@@ -283,5 +292,6 @@ _PHASE: dict[str, Phrase] = {
     "decode": _decode,
     "handover": _says("handed the last token over"),
     "paused": _says("nobody read its tokens: it was not scheduled"),
+    "held": _says("held it until its KV was at another engine"),
     "credit": _says("waited for its reader"),
 }

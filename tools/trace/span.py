@@ -17,6 +17,7 @@ CATEGORY_OF: dict[str, Category] = {
     "write": "frontend",
     "client": "client",
     "wait": "queue",
+    "reroute": "queue",
     "script": "script",
     "blocks": "queue",
     "tier": "kv",
@@ -29,6 +30,7 @@ CATEGORY_OF: dict[str, Category] = {
     "compute": "compute",
     "decode": "compute",
     "paused": "credit",
+    "held": "send",
     "credit": "credit",
     "open": "frontend",
     "turn": "bus",
@@ -55,6 +57,8 @@ SHORT_ASKS = frozenset(
         "seal",
         "finish",
         "abort",
+        "freeze",
+        "thaw",
     )
 )
 """What is done where it is served, but for the waiting that is a span of its own."""

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from callboard.actors.protocol import ATTEMPTS_EACH
+
 from .story import VERBS, Span, Story
 from .words import ms, words_of
 
 LEAST_SHARE = 0.01
 """Of the whole: what is shorter has no line, unless it is a sub-request, computes, sends, or failed."""
-ALWAYS = frozenset((*VERBS, "http", "prefill", "compute", "decode", "send", "paused", "credit", "take_pages"))
+ALWAYS = frozenset((*VERBS, "http", "prefill", "compute", "decode", "send", "paused", "held", "credit", "take_pages"))
 MANY = frozenset(("take_pages",))
 """Calls of which one sub-request may make hundreds, all alike: one line for all of them."""
 INNER = frozenset(("generate", "compute_kv", "admit"))
@@ -48,7 +50,7 @@ class Line:
             # As the router counts: one that found no engine, and waited, goes on as the same.
             runs = [each for each in span.parent.children if each.name == "attempt"]
             number = span.facts.get("number")
-            return f"attempt {(number if isinstance(number, int) else runs.index(span)) + 1}"
+            return f"attempt {(number % ATTEMPTS_EACH if isinstance(number, int) else runs.index(span)) + 1}"
         if span.name == "generate":
             return f"sequence {span.request_id}"
         return span.name if len(self.spans) == 1 else f"{span.name} x{len(self.spans)}"

@@ -20,10 +20,12 @@ CATEGORIES: dict[Category, str] = {
 }
 WAITS = {
     "wait": "until an engine was there",
+    "reroute": "until another router was asked",
     "accept": "until the engine was ready for it",
     "place": "for a place among those that run",
     "queue": "for its first step",
     "paused": "nobody read its tokens",
+    "held": "until its KV was at another engine",
     "credit": "nobody read its tokens",
     "client": "for the client to read",
     "pages": "for pages that were on their way",

@@ -16,6 +16,7 @@ from kv_peer import (
     running_pair,
     settled,
 )
+from waiting import PATIENCE_S
 
 from callboard.actors.protocol import Release
 from callboard.bus import ActorDied, BusError, LinkLost
@@ -104,7 +105,7 @@ async def test_a_sender_that_is_stopped_frees_its_buffers_and_harms_nobody_when_
             reserved = await pair.prepare(pair.here, PROMPT)
             with pytest.raises(LinkLost):
                 await pair.send(pair.there, PROMPT, reserved, timeout=20)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while pair.manager._receiver._lines:
                     await asyncio.sleep(0.01)
             await pair.here.ask(Release(reserved.kv))

@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator
 
 import pytest
+from waiting import PATIENCE_S
 
 from callboard.kv.lanes import TRAILER_BYTES, Invitation, PackedLane, PageWrite, Piece, UcxWires, WireBroken, ucx
 from callboard.kv.lanes.ucx import KEY_BYTES, Ucx, UcxListener, is_installed
@@ -46,7 +47,7 @@ def empty(num_bytes: int) -> memoryview:
 
 
 async def refused(listener: UcxListener, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while listener.num_refused < count:
             await asyncio.sleep(0.01)
 
@@ -177,7 +178,7 @@ async def test_what_never_ends_does_not_keep_a_process_from_ending(monkeypatch: 
     monkeypatch.setattr(ucx, "END_S", 0.05)
     library, never = await Ucx.open(), asyncio.Event()
     library.see_out(never.wait())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await library.close()
     wires = UcxWires("127.0.0.1")  # Whoever opens it anew finds it as it was.
     invitation = await wires.invite()

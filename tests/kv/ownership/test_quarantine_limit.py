@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from hall import LEASE_S, LINKS, Hall, in_a_hall
-from real_fleet import RealFleet, real_fleet, until
+from real_fleet import RealFleet, real_fleet
+from waiting import PATIENCE_S, until
 
 from callboard.actors.engine.simulated import Simulation
 from callboard.actors.kv_manager import quarantine
@@ -128,7 +129,7 @@ async def test_the_launcher_kills_what_a_kv_manager_names_and_nothing_else(tmp_p
         path.write_text("".join(line + "\n" for line in lines))
         return path.rename(tmp_path / f"{name}.kills")
 
-    async with asyncio.timeout(60), real_fleet(tmp_path) as fleet:
+    async with asyncio.timeout(3 * PATIENCE_S), real_fleet(tmp_path) as fleet:
         await fleet.start(
             node(fleet, "kv", "kv_manager", "Asking"),
             node(fleet, "e", "engine", "Named"),
@@ -148,7 +149,7 @@ async def test_the_launcher_kills_what_a_kv_manager_names_and_nothing_else(tmp_p
 
 
 async def test_an_engine_that_was_stopped_is_killed_and_its_blocks_come_back(tmp_path: Path) -> None:
-    async with asyncio.timeout(60), real_fleet(tmp_path) as fleet:
+    async with asyncio.timeout(3 * PATIENCE_S), real_fleet(tmp_path) as fleet:
         engine, manager = fleet.engine("a", Simulation(seconds_per_step=0.05), num_blocks=8)
         (actor,) = manager.actors
         actor = msgspec.structs.replace(actor, config={**actor.config, "lease_s": 0.2})

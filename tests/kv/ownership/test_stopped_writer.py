@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import PATIENCE_S
+
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.kv_manager import KvManager
 from callboard.actors.protocol import GetKvStats, PrepRecv
@@ -55,7 +57,7 @@ def start_writer(*arguments: str) -> "subprocess.Popen[str]":
 async def test_what_a_stopped_writer_may_write_is_nobodys_until_it_has_said_that_it_is_over(tmp_path: Path) -> None:
     links = LinkConfig(ping_s=0.1, silent_s=0.5)
     async with (
-        asyncio.timeout(40),
+        asyncio.timeout(PATIENCE_S),
         Node("d", endpoint=f"ipc://{tmp_path}/d.sock", links=links) as node,
         Node("client") as client,
     ):

@@ -6,7 +6,8 @@ The pool outlives the one; what hung on the other goes elsewhere, or ends.
 import asyncio
 from pathlib import Path
 
-from real_fleet import RealFleet, real_fleet, until
+from real_fleet import RealFleet, real_fleet
+from waiting import PATIENCE_S, until
 
 from callboard.actors.engine.simulated import Simulation, simulated_tokens
 from callboard.actors.protocol import Generate, GetKvStats, KvStats, ListEntries, SamplingParams, StartGenerate, Token
@@ -69,7 +70,7 @@ async def until_ready(fleet: RealFleet, *engines: str) -> None:
 
 
 async def test_the_pool_outlives_its_engine_and_requests_their_kv_manager(tmp_path: Path) -> None:
-    async with asyncio.timeout(90), real_fleet(tmp_path) as fleet:
+    async with asyncio.timeout(3 * PATIENCE_S), real_fleet(tmp_path) as fleet:
         (a, kv_a), b = fleet.engine("a", SIMULATION, num_blocks=128), fleet.engine("b", SIMULATION, num_blocks=128)
         await fleet.start(fleet.directory(), kv_a, a, *b, fleet.router())
         await until_ready(fleet, "a", "b")
@@ -105,7 +106,7 @@ async def test_the_pool_outlives_its_engine_and_requests_their_kv_manager(tmp_pa
         usage = again.tokens[-1].usage
         assert usage is not None
         assert (usage.num_cached_tokens, usage.num_computed_tokens) == (FULL, 200 - FULL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while await hit_tokens(fleet, "kv-a") < hits + FULL:
                 await asyncio.sleep(0.02)
         await until_ready(fleet, "a", "b")

@@ -4,7 +4,8 @@ import asyncio
 from pathlib import Path
 
 import msgspec
-from real_fleet import RealFleet, real_fleet, until
+from real_fleet import RealFleet, real_fleet
+from waiting import PATIENCE_S, until
 
 from callboard.actors.engine.simulated import Simulation, simulated_tokens
 from callboard.actors.protocol import SamplingParams, StartGenerate, Usage
@@ -44,7 +45,7 @@ def num_files(cache: Path) -> int:
 
 async def test_a_fleet_that_was_killed_and_one_that_was_stopped_start_warm(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         async with real_fleet(tmp_path) as fleet:
             await start(fleet, cache)
             assert (await generate(fleet, FIRST)).num_computed_tokens == 500

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiered_managers import BLOCK_BYTES, FIRST, SECOND, run, tiers
 from two_managers import Fleet, admit, finish, in_virtual_time, is_in_place, prep, running, send
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import stop_actor
 from callboard.actors.kv_manager import tiering
@@ -81,7 +82,7 @@ async def test_a_disk_that_hangs_costs_a_request_its_patience_and_no_more(tmp_pa
     async with running(d_config=tiers("disk", tmp_path)) as fleet:
         await run(fleet, FIRST)
         await run(fleet, SECOND)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while fleet.actors["d"].tiers.disk.index.num_bytes < 26 * BLOCK_BYTES:
                 await asyncio.sleep(0.01)
         hangs = threading.Event()

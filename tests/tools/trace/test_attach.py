@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from following import make_record, place, watching
+from waiting import PATIENCE_S
 
 from callboard.actors.protocol import Entry, Register, Unregister
 from callboard.actors.trace_protocol import TRACER
@@ -65,7 +66,7 @@ async def test_detaching_leaves_nothing_behind(tmp_path: Path) -> None:
                 make_record(made.nodes["one"], "r", 1)
                 await watcher.until(lambda each: bool(each.spans()))
                 assert made.followers() == 2
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while made.followers() or len(asyncio.all_tasks()) > tasks:
                 await asyncio.sleep(0.01)
         for name, node in made.nodes.items():
@@ -155,7 +156,7 @@ async def test_a_reader_that_stops_reading_loses_records_counted_and_memory_stay
     async with place(tmp_path) as made, Node("watcher", fleet="test") as mine:
         one = made.nodes["one"]
         async with Follower(mine, made.directory) as follower:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 async for batch in follower:
                     if any(isinstance(item, Notice) and item.kind == "following" for item in batch):
                         break
@@ -167,7 +168,7 @@ async def test_a_reader_that_stops_reading_loses_records_counted_and_memory_stay
             assert len(follower._waiting) <= attach.MOST_WAITING + 1000
             told: list[int] = []
             lost = 0
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 async for batch in follower:
                     told += [item.record.span for item in batch if not isinstance(item, Notice)]
                     lost += sum(item.num_lost for item in batch if isinstance(item, Notice))

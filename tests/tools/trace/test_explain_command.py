@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_a_recording_is_explained_as_the_fleet_is(fleet: ServedFleet) -> None:
     assert recording.stderr is not None
     recording.stderr.readline()
     assert fleet.complete("what is recorded", request_id="explained")[0] == 200
-    recording.communicate(timeout=20)
+    recording.communicate(timeout=PATIENCE_S)
     path = place.folder / "it.cbtrace"
     (place.folder / "cut.cbtrace").write_bytes(path.read_bytes()[:-20])
     cut = place.callboard("trace", "explain", "--from", "cut.cbtrace")

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from byte_tokenizer import write_byte_tokenizer
 from real_fleet import RealFleet, real_fleet
+from waiting import PATIENCE_S
 
 from callboard.actors.engine.simulated import Simulation
 from callboard.actors.node_spec import ActorSpec
@@ -53,7 +54,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[RealFleet]:
 
 async def http_of(fleet: RealFleet) -> httpx.AsyncClient:
     directory = fleet.client.ref(fleet.address("directory", "directory"))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             entries = {entry.name: entry for entry in (await directory.ask(ListEntries())).entries}
             if entries.keys() >= {"frontend", "p", "d"}:
@@ -68,7 +69,7 @@ async def ask(http: httpx.AsyncClient, request_id: str, **body: Any) -> httpx.Re
 
 async def stories_of(fleet: RealFleet) -> dict[str, Story]:
     """Return what the fleet remembers; wait until the last of it is noted."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             past = await collect(fleet.client, fleet.address("directory", "directory"))
             stories = assemble(past.events)

@@ -7,6 +7,7 @@ import sys
 import pytest
 from chrome_trace import read
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 from callboard.tools.errors import CliError
 from callboard.tools.trace import export
@@ -57,7 +58,7 @@ def test_a_recording_is_exported_as_the_fleet_is(fleet: ServedFleet) -> None:
     assert recording.stderr is not None
     recording.stderr.readline()
     fleet.complete("what is recorded", request_id="exported")
-    _, said = recording.communicate(timeout=30)
+    _, said = recording.communicate(timeout=PATIENCE_S)
     assert recording.returncode == 0, said
     for to in ("perfetto", "html", "mermaid"):
         of_fleet = place.run("trace", "export", to, "--last", "1", "-o", f"fleet.{to}")

@@ -2,11 +2,13 @@
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import pytest
 from synthetic_trace import Shape, disaggregated, load
 from textual.pilot import Pilot
+from waiting import PATIENCE_S, told
 
 from callboard.actors.protocol import Entry
 from callboard.bus import LinkLost
@@ -56,9 +58,11 @@ def text(app: LiveView, *panels: str) -> str:
 
 
 async def until(pilot: Pages, condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await pilot.pause(0.02)
+    ends = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > ends:
+            raise AssertionError(told(condition, PATIENCE_S) + f"\non the screen:\n{text(pilot.app)}")
+        await pilot.pause(0.02)
 
 
 def app_of(*requests: Iterable[Event], now: float = 200.0, **options: object) -> LiveView:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic_trace import Shape, again, disaggregated, whole
 
+from callboard.bus.taps import ANSWERED, RECEIVED
 from callboard.tools.trace.live.model import Model
 from callboard.tools.trace.live.view import View
 from callboard.tools.trace.live.wanted import Wanted
@@ -106,6 +107,32 @@ def test_a_lost_end_does_not_keep_a_request_running_for_ever() -> None:
     assert not tracked.is_running(tracked.last + 3600)
     [unit] = [each for each in tracked.units.values() if each.name == "RemoteSend"]
     assert tracked.end_of(unit, tracked.last + 3600) == tracked.last
+
+
+@pytest.mark.parametrize("error", ["", "ActorDied: decode is dead"])
+def test_what_a_node_asks_for_that_nobody_follows_is_over_once_the_router_has_answered(error: str) -> None:
+    # As a replay or a script of somebody's does, over the bus.
+    events = [each for each in disaggregated(ID, 100.0, Shape(error=error)) if each.record.name != "http"]
+    events = [each for each in events if each.record.name != "Generate" or each.record.what in (RECEIVED, ANSWERED)]
+    [answered] = [each for each in events if each.record.name == "Generate" and each.record.what == ANSWERED]
+    for order in (events, [answered, *events], [*events, answered], events[::-1]):
+        model = Model()
+        model.add(order)
+        tracked = model.requests[ID]
+        assert not tracked.is_running(tracked.last)
+        assert tracked.is_over
+        assert tracked.error == error
+
+
+def test_what_only_engines_remember_is_under_way_no_longer_than_they_are_at_it() -> None:
+    # The node of frontend and router was started anew since.
+    events = [each for each in disaggregated(ID, 100.0) if each.node not in ("control", "client")]
+    model = Model()
+    model.add(events)
+    assert not model.requests[ID].is_running(100.5)
+    model = Model()
+    model.add(each for each in events if each.record.what != ANSWERED)
+    assert model.requests[ID].is_running(100.5)
 
 
 def test_with_the_node_that_asked_for_it_a_request_is_over_and_with_others_it_is_not() -> None:

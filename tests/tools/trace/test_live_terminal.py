@@ -1,5 +1,6 @@
 """``callboard trace`` in a terminal, as users see it: real processes, a real fleet, and what stands on the screen."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -18,10 +19,12 @@ from typing import Any
 
 import pytest
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 Eventually = Callable[..., None]
 ESCAPE = re.compile(
-    rb"\x1b\[(?P<place>\d+;\d+)H|\x1b\[[0-9;?<>=]*[ -/]*[@-~]|\x1b[\]P][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]"
+    rb"\x1b\[(?P<place>\d+;\d+)H|\x1b\[[0-9;?<>=]*[ -/]*[@-~]|\x1b[\]P][^\x07\x1b]*(?:\x07|\x1b\\)"
+    rb"|\x1b[ -/]*[0-OQ-Z\\^-~]"
 )
 
 
@@ -66,11 +69,11 @@ class Terminal:
             self.raw += data
             rest += data
             cut = rest.rfind(b"\x1b")
-            # What may be half an escape sequence, or half a character, waits for its other half.
-            whole, rest = (rest[:cut], rest[cut:]) if cut >= 0 and len(rest) - cut < 64 else (rest, b"")
-            begin = 0
+            # Half an escape sequence, or half a character, waits for its other half; nothing else does.
+            whole, rest = (rest[:cut], rest[cut:]) if cut >= 0 and not ESCAPE.match(rest, cut) else (rest, b"")
+            begin, text = 0, codecs.getincrementaldecoder("utf-8")("ignore")
             for match in [*ESCAPE.finditer(whole), None]:
-                for char in whole[begin : match.start() if match else len(whole)].decode("utf-8", "ignore"):
+                for char in text.decode(whole[begin : match.start() if match else len(whole)]):
                     if char == "\r":
                         at = at[0], 0
                     elif char == "\n":
@@ -83,6 +86,7 @@ class Terminal:
                     if match["place"]:
                         y, x = match["place"].split(b";")
                         at = int(y) - 1, int(x) - 1
+            rest = text.getstate()[0] + rest
 
     def screen(self) -> str:
         """What stands on it now."""
@@ -94,6 +98,9 @@ class Terminal:
     def has(self, pattern: str) -> bool:
         return re.search(pattern, self.screen()) is not None
 
+    def seen(self) -> str:
+        return self.screen()
+
     def hang_up(self) -> None:
         """Close the window."""
         self._is_hung_up = True
@@ -103,11 +110,11 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         os.write(self._ours, keys)
 
-    def end(self, wait_s: float = 15.0) -> str:
+    def end(self, wait_s: float = PATIENCE_S) -> str:
         """Wait until it has ended; return what it wrote below the screen it gave back."""
         try:
             self.process.wait(wait_s)
-            self._reading.join(10)  # The terminal's other end is closed by now.
+            self._reading.join(PATIENCE_S)  # The terminal's other end is closed by now.
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -195,7 +202,7 @@ def test_a_terminal_that_is_closed_ends_it(fleet: ServedFleet, eventually: Event
     with terminal(fleet.place, "trace") as shown:
         eventually(lambda: shown.has("fleet test · 6 actors · .* · following"))
         shown.hang_up()
-        shown.process.wait(15)
+        shown.process.wait(PATIENCE_S)
 
 
 def test_what_is_wrong_is_a_sentence_after_the_terminal_is_given_back(place: Any, fleet: ServedFleet) -> None:
@@ -238,7 +245,7 @@ def test_a_recording_is_looked_at_without_a_fleet(fleet: ServedFleet, place: Any
     for name in ("one", "two"):
         fleet.complete("Who?", request_id=name)
     recorder.send_signal(signal.SIGINT)
-    recorder.communicate(timeout=20)
+    recorder.communicate(timeout=PATIENCE_S)
     path = str(fleet.place.folder / "a.rec")  # Seen from a place where there is no fleet.
     with terminal(place, "trace", "--from", path) as shown:
         eventually(lambda: shown.has("two +done"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import PATIENCE_S
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.directory import Directory
@@ -65,7 +66,7 @@ async def pass_through(num_records: int, form: str) -> tuple[int, int, int, list
         command = [sys.executable, "-P", "-m", "callboard.tools.cli", "trace", "--format", form]
         command += ["--fleet", f"soak@{node.endpoint}"]
         trace, count = piped(command, ["wc", "-l"])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not tracer.num_followers:
                 await asyncio.sleep(0.02)
             await asyncio.sleep(0.5)
@@ -82,8 +83,8 @@ async def pass_through(num_records: int, form: str) -> tuple[int, int, int, list
         await asyncio.sleep(2.0)
         memory.append(resident(trace.pid))
         trace.send_signal(2)
-        _, errors = await asyncio.to_thread(trace.communicate, None, 30)
-        lines, _ = await asyncio.to_thread(count.communicate, None, 30)
+        _, errors = await asyncio.to_thread(trace.communicate, None, PATIENCE_S)
+        lines, _ = await asyncio.to_thread(count.communicate, None, PATIENCE_S)
         assert trace.returncode == 0, errors
         assert errors.startswith("callboard: left soak, which runs on")
         lost = int(errors.split(";")[1].split()[0]) if ";" in errors else 0

@@ -22,6 +22,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from served_fleet import ServedFleet
 from synthetic_trace import Shape, Writer, disaggregated, facts_of, load
+from waiting import PATIENCE_S
 
 from callboard.actors.frontend.trace_context import parse
 from callboard.bus.taps import SPAN
@@ -366,7 +367,7 @@ def test_requests_are_exported_as_they_finish(fleet: ServedFleet, service: Servi
         fleet.complete("just before the end", request_id="last")
     finally:
         following.send_signal(signal.SIGINT)
-        _, said = following.communicate(timeout=30)
+        _, said = following.communicate(timeout=PATIENCE_S)
     assert following.returncode == 0
     assert "of 5 requests exported; 1 were not taken" in said
     told = {attributes(span)["callboard.request_id"] for _, span in service.spans}

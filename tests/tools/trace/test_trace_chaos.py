@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from served_fleet import ServedFleet
+from waiting import PATIENCE_S
 
 Eventually = Callable[..., None]
 
@@ -30,6 +31,9 @@ class Tracer:
             if line.endswith("\n"):
                 self.objects.append(json.loads(line))
 
+    def seen(self) -> str:
+        return f"{len(self.answered())} answers, and {self.kinds()}"
+
     def kinds(self) -> list[str]:
         return [each["kind"] for each in list(self.objects) if each["type"] == "notice"]
 
@@ -43,8 +47,8 @@ class Tracer:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
-        self._reading.join(10)
+        self.process.wait(PATIENCE_S)
+        self._reading.join(PATIENCE_S)
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
 
@@ -85,13 +89,13 @@ def test_whatever_is_killed_or_stopped_requests_go_on_and_the_tracer_says_what_i
     assert num_killed
     if tracer.is_stopped:
         tracer.stop_or_go_on()
-    eventually(lambda: len(tracer.answered()) >= len(wanted), 30.0)
+    eventually(lambda: len(tracer.answered()) >= len(wanted))
     eventually(lambda: tracer.kinds().count("back") >= num_killed)
     kinds = tracer.kinds()
     assert kinds.count("died") + kinds.count("cut") >= num_killed
     assert sorted(tracer.answered()) == sorted(wanted)
     assert not any(each.get("num_lost") for each in tracer.objects)
     tracer.process.send_signal(signal.SIGINT)
-    assert tracer.process.wait(10) == 0
+    assert tracer.process.wait(PATIENCE_S) == 0
     for each in (tracer, doomed):
         each.kill()

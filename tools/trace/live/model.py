@@ -63,11 +63,13 @@ class Tracked:
     """Events that the story does not know."""
     told: Story | None = None
     home: str = ""
-    """The node of whoever asked for it: without that node, its end is not told."""
+    """The node of whoever asked for it, once it told so: without that node, its end is not told."""
 
     def is_running(self, now: float) -> bool:
         """Return whether it is under way, as far as is known."""
-        return not self.is_over and now - self.last < STALE_S
+        if self.is_over or now - self.last >= STALE_S:
+            return False
+        return self.open_generates > 0 or not self.units or any(unit.end is None for unit in self.units.values())
 
     def end_of(self, unit: Unit, now: float) -> float:
         """Return until when a unit lasted: now, if it goes on."""
@@ -111,6 +113,8 @@ class Tracked:
                 self.actors.add(record.actor)
                 unit = self.units[number] = Unit(number, record.actor, name, begin)
             unit.end = max(time, unit.begin)
+            if name == "Generate" and not self.home:
+                self._presume_over(record.error)
         elif what == SPAN:
             self._add_span(event)
         elif name == "Generate":
@@ -127,14 +131,15 @@ class Tracked:
             if unit is None:
                 unit = self.units[record.span] = Unit(record.span, record.actor, "http", event.begin)
             unit.actor, unit.begin, unit.end = record.actor, event.begin, event.time
-            self.is_over, self.error = True, record.error
+            self.home, self.is_over, self.error = event.node, True, record.error
 
     def _add_generate(self, event: Event) -> None:
         """Follow what the frontend is doing: its own span comes only at the end."""
         record = event.record
+        if not self.home:  # It will say itself when it is over.
+            self.home, self.is_over, self.error = event.node, False, ""
         if record.what == SENT:
             self.open_generates += 1
-            self.home = event.node
             if record.parent and record.parent not in self.units:
                 self.units[record.parent] = Unit(record.parent, record.source, "http", min(self.begin, event.time))
         elif record.what == ENDED:
@@ -145,6 +150,11 @@ class Tracked:
                 unit = self.units.get(record.parent)
                 if unit is not None and unit.end is None:
                     unit.end = event.time
+
+    def _presume_over(self, error: str) -> None:
+        """Take the router's answer for the end: who asked is perhaps on a node that nobody follows."""
+        if all(unit.end is not None for unit in self.units.values() if unit.name == "Generate"):
+            self.is_over, self.error = True, error
 
 
 class Model:

@@ -1,0 +1,121 @@
+"""The part of the plan that asks engines and does not compute: the control node, and the routers' own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from callboard.actors.node_spec import ActorSpec, NodeSpec, RestartPolicy
+from callboard.bus.private import why_open
+
+from .api_keys import read_api_keys
+from .endpoints import CONTROL
+from .fleet_check import router_names, script_path
+from .fleet_file import Fleet, Restart, Router
+from .kept_logs import kept_at
+from .machine import split_address
+from .units import parse_duration
+
+if TYPE_CHECKING:
+    from .plan import Planner
+
+LAST_WORD_S = 1.0
+"""What the frontend adds to a router's deadline: the router should be the one to say that it passed."""
+
+
+def control_node(planner: "Planner") -> NodeSpec:
+    """Return the node of directory and frontend, and of the router if there is but one."""
+    fleet = planner.fleet
+    actors = [ActorSpec("directory", "callboard.actors.directory:Directory")]
+    if is_alone(routers := routers_of(fleet)):
+        actors.append(_router(planner, routers[0], routers[0].name))
+    if fleet.engine:
+        actors.append(_frontend(planner, routers))
+    keeps, removes = str(kept_at(fleet.name)), str(planner.run_dir)
+    return planner.node(CONTROL, "control", *actors, removes=removes, keeps_logs_at=keeps, is_essential=True)
+
+
+def router_nodes(planner: "Planner") -> list[NodeSpec]:
+    """Return a node for each router, so that one can die alone; none if there is but one."""
+    routers = routers_of(planner.fleet)
+    if is_alone(routers):
+        return []
+    return [
+        planner.node(name, "router", _router(planner, router, name), restart=policy_of(router.restart))
+        for router in routers
+        for name in router_names(router)
+    ]
+
+
+def routers_of(fleet: Fleet) -> tuple[Router, ...]:
+    """Return the routers of a fleet file, or what it has where it names none."""
+    if fleet.router or not fleet.engine:
+        return fleet.router
+    roles = [set(engine.roles) for engine in fleet.engine]
+    is_split = {"prefill"} in roles and {"decode"} in roles
+    return (Router("main", "disaggregate" if is_split else "least_loaded"),)
+
+
+def is_alone(routers: tuple[Router, ...]) -> bool:
+    """Return whether there is one router and no more."""
+    return sum(router.count for router in routers) == 1
+
+
+def policy_of(restart: Restart) -> RestartPolicy:
+    """Return what a supervisor is told of a fleet file's ``restart``."""
+    return RestartPolicy(restart.policy == "on-failure", parse_duration(restart.backoff), restart.max)
+
+
+def _router(planner: "Planner", router: Router, name: str) -> ActorSpec:
+    script = script_path(planner.file, router.script)
+    config = {
+        "name": name,
+        "script": router.script if script is None else str(script),
+        "options": router.options,
+        "deadline_s": parse_duration(router.deadline),
+        "max_queue": router.max_queue,
+        "patience_s": parse_duration(router.patience),
+        "keep": planner.fleet.trace.keep,
+        "routes_at": str(planner.run_dir / f"{name}.routes"),
+        "is_inner": router.inner,
+    }
+    return ActorSpec(name, "callboard.router.actor:RouterActor", config)
+
+
+def _frontend(planner: "Planner", routers: tuple[Router, ...]) -> ActorSpec:
+    fleet = planner.fleet
+    host, _ = split_address(fleet.listen.http)
+    roles: dict[str, set[str]] = {}
+    for engine in fleet.engine:
+        roles.setdefault(planner.model_of(engine), set()).update(engine.roles)
+    config = {
+        "name": "frontend",
+        "host": host,
+        "port": planner.port,
+        "stall_s": parse_duration(fleet.listen.stall),
+        "microserving": fleet.listen.microserving,
+        "models": {
+            name: {"path": str(planner.models[name]), "max_model_len": planner.max_lens[name], "roles": sorted(needed)}
+            for name, needed in roles.items()
+        },
+        **_asked(planner, routers),
+    }
+    if fleet.listen.api_keys is not None:
+        path = planner.file.base / Path(fleet.listen.api_keys).expanduser()
+        config["api_keys"] = list(read_api_keys(path))
+        if reason := why_open(path, path.stat()):
+            planner.warnings.append(f"the API keys are no secret, because {reason}")
+    return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
+
+
+def _asked(planner: "Planner", routers: tuple[Router, ...]) -> dict[str, Any]:
+    """Return whom the frontend asks, and for how long: over all routers no longer than one would have had."""
+    asked = [router for router in routers if not router.inner]
+    limits = {
+        "request_timeout_s": max(parse_duration(router.deadline) for router in asked) + LAST_WORD_S,
+        "patience_s": max(parse_duration(router.patience) for router in asked),
+    }
+    if is_alone(routers):
+        return {**limits, "router": msgspec.to_builtins(planner.address(CONTROL, asked[0].name))}
+    names = [name for router in asked for name in router_names(router)]
+    return {**limits, "routers": names if len(asked) < len(routers) else []}

@@ -1,0 +1,1 @@
+"""``callboard route``: the scripts of a fleet's routers, changed while it serves."""
