@@ -156,7 +156,7 @@ async def measure_requests(ask: Asker, seconds: float) -> Measured:
 
     async def place() -> int:
         num_replies = 0
-        while clock() < end:
+        while not num_replies or clock() < end:
             reply = await ask()
             num_replies += 1
         check_reply(reply)

@@ -69,16 +69,20 @@ class RouterActor(RouteChanges):
         self._started_s = 0.0
 
     async def start(self) -> None:
+        await self.open()
+        pid = 0 if self.node.clock.is_virtual else own_pid()[0]
+        entry = Entry(self.config.name, "router", self.node.address_of(self.name), detail=self.route_detail(), pid=pid)
+        self._registration = Registration(self, entry)
+        self.routes.on_change = lambda: self._registration.update(detail=self.route_detail())
+
+    async def open(self) -> None:
+        """Begin to serve, as far as the directory does not know of it."""
         self._started_s = self.node.clock.now()
         self.view = DirectoryView(self, on_change=self._on_view)
         self._shared = Shared(self, self.view, self.loads, self.spans, self.routes)
         self._departures = Departures(self._shared)
         self._load_streams = LoadStreams(self, self.loads, self._shared.events)
         await self.start_routes(self._shared)
-        pid = 0 if self.node.clock.is_virtual else own_pid()[0]
-        entry = Entry(self.config.name, "router", self.node.address_of(self.name), detail=self.route_detail(), pid=pid)
-        self._registration = Registration(self, entry)
-        self.routes.on_change = lambda: self._registration.update(detail=self.route_detail())
 
     @property
     def script(self) -> Script:

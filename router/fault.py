@@ -4,19 +4,20 @@ from callboard.bus import AskTimeout
 
 from .attempt import Attempt
 from .errors import NoEngine, ScriptError
+from .script import Script
 
 HUNG_S = 10.0
 """A script that lets its deadline pass, and has waited for nothing of the fleet for so long, hangs by itself."""
 
 
-def fault_in(verdict: Exception, error: BaseException, attempt: Attempt) -> BaseException | None:
+def fault_in(verdict: Exception, error: BaseException, attempt: Attempt, script: Script) -> BaseException | None:
     """Return ``error`` if the script is to blame for it; None for deaths, full pools, bad requests, late answers.
 
     ``verdict`` is what the client is told. A script is also to blame for looking for a role that no engine has,
     or ever had.
     """
     if isinstance(verdict, ScriptError):
-        return error
+        return error if verdict.file == script.path else None  # Else of another router, that it handed the request to.
     if isinstance(verdict, AskTimeout) and attempt.alone_s() >= HUNG_S:
         return error
     if isinstance(verdict, NoEngine) and verdict.role:

@@ -19,8 +19,8 @@ log = logging.getLogger("callboard.router")
 AT_ONCE = 4
 """Sequences of one engine that are on their way at a time: each of them pauses, and they share the lane."""
 LOOK_S = 0.05
-RETRY_S = 0.5
-"""Until one that could not be moved is tried again."""
+FIRST_RETRY_S, LAST_RETRY_S = 0.5, 8.0
+"""Until one that could not be moved is tried again: each try may make it stand still for a moment."""
 MOST_TOLD = 64
 """Moves that are remembered of an engine."""
 GENERATES = "decode"
@@ -31,7 +31,8 @@ class _Departure:
 
     def __init__(self) -> None:
         self.under_way: dict[Generation, None] = {}
-        self.not_before: dict[Generation, float] = {}
+        self.tried: dict[Generation, tuple[int, float]] = {}
+        """How often one was tried in vain, and when it is tried again."""
         self.moves: deque[Moved] = deque(maxlen=MOST_TOLD)
         self.num_moved = self.num_failed = self.num_bytes = 0
         self.why_not = ""
@@ -89,14 +90,14 @@ class Departures:
 
     def _start_moves(self, entry: Entry, departure: _Departure) -> None:
         now, shared = self._shared.node.clock.now(), self._shared
-        departure.not_before = {g: until for g, until in departure.not_before.items() if g in shared.generations}
+        departure.tried = {g: tried for g, tried in departure.tried.items() if g in shared.generations}
         for generation in list(shared.generations):
             if len(departure.under_way) >= AT_ONCE:
                 return
             is_there = generation.entry.name == entry.name and generation.has_begun and generation.num_output_tokens
             if not is_there or generation.moving is not None or generation in departure.under_way:
                 continue
-            if departure.not_before.get(generation, 0.0) > now:
+            if departure.tried.get(generation, (0, 0.0))[1] > now:
                 continue
             target = self._choose(entry)
             if target is None:
@@ -113,7 +114,9 @@ class Departures:
                 return
             departure.num_failed += 1
             departure.why_not = f"{request_id} to {target.name}: {error}"[:500]
-            departure.not_before[generation] = self._shared.node.clock.now() + RETRY_S
+            num_tries = departure.tried.get(generation, (0, 0.0))[0] + 1
+            retry_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** (num_tries - 1))
+            departure.tried[generation] = num_tries, self._shared.node.clock.now() + retry_s
             log.warning("not handed over to %s: %s", target.name, error, extra={"request_id": request_id})
             return
         finally:

@@ -63,12 +63,13 @@ class Recovery:
         patience = self._new_patience()
         while True:
             num_before = len(self._sent)
-            request = self._request()
+            request, is_finished = self._request(), False
             try:
                 run = run_script(self._shared, self._script, request, self._deadline, patience, begin_s)
                 async with aclosing(run) as tokens:
                     async for token in tokens:
                         self._sent.append(token.id)
+                        is_finished = token.finish_reason is not None
                         yield token
                 return
             except NoEngine:
@@ -76,6 +77,8 @@ class Recovery:
                 if not await patience.waits_for_engine(request, is_retry=self._is_retry):
                     raise
             except RETRIED as error:
+                if is_finished:
+                    return  # Its client has all of it: what a script does after that is not worth another attempt.
                 patience = self._after(num_before, patience)
                 if isinstance(error, RESTARTING):
                     # The request has no part in that: only time counts.

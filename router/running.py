@@ -71,7 +71,7 @@ async def run_script(
     except (Exception, SystemExit) as error:  # A script's exit() ends its request, not the fleet.
         verdict = _verdict(script, fleet, request, error)
         error_words = words_of(verdict)[:MOST_ERROR]
-        failure = fault_in(verdict, error, attempt)
+        failure = fault_in(verdict, error, attempt, script)
         if verdict is error:
             raise
         raise verdict from error

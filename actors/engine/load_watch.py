@@ -30,6 +30,8 @@ class LoadWatch:
         self._scheduler = scheduler
         self._throughput = throughput
         self._generations = generations
+        self._counts = (0, 0)
+        self._looked_s = 0.0
         self._present: dict[str, int] = {}
         self._watchers: dict[_Watcher, None] = {}
 
@@ -81,8 +83,13 @@ class LoadWatch:
 
     def stepped(self) -> None:
         """Note that a step is over: the load may have changed."""
+        # Hot: once per step. What is urgent is seen by two counts; the rest is looked at as often as it may be told.
         if not self._watchers:
             return
+        now, counts = self._clock.now(), (len(self._scheduler), self._scheduler.num_decoding)
+        if counts == self._counts and now < self._looked_s + GAP_S:
+            return
+        self._counts, self._looked_s = counts, now
         load = self.load()
         for watcher in self._watchers:
             watcher.compare(load)

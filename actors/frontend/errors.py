@@ -77,6 +77,7 @@ _STATUS_OF_REFUSAL: dict[str, tuple[int, str]] = {
     "Stalled": (408, "stalled"),
     "UnknownActor": (503, "unavailable"),
     "NoEngine": (503, "unavailable"),
+    "NoRouter": (503, "unavailable"),
     "StaleReservation": (503, "unavailable"),
     "CorruptPages": (503, "unavailable"),
     "ScriptError": (500, "script_error"),

@@ -117,7 +117,11 @@ class Failover:
                 raise all_full(next(iter(self._full.values())), routers.turnover.refused(clock.now()))
             if patient_s <= 0:
                 raise self._lost or next(iter(self._full.values()), None) or no_router(routers.missing())
-            await routers.change(min(left_s, patient_s))
+            begin_s = clock.now()
+            try:
+                await routers.change(min(left_s, patient_s))
+            finally:
+                self._node.note(current_call(), "wait", begin_s)
             has_waited = True
             self._full.clear()
 
@@ -142,8 +146,9 @@ class Failover:
         self._routers.suspect(router)
         self._lost, self._lost_s, self._has_begun = failure, self._node.clock.now(), True
         if not (self._is_desperate and isinstance(failure, LinkLost)):  # Else it was not even heard.
-            self._num_deaths += 1
             self._patient_until = self._lost_s + self._patience_s
+        # A link that broke, or a silence, is no fault of the request.
+        self._num_deaths += isinstance(failure, ActorDied | TokenGap)
         if self._num_deaths >= MOST_DEATHS:
             raise failure
         where = f" behind {len(self._sequence.sent)} tokens" if self._sequence.sent else ""

@@ -30,7 +30,7 @@ def microserving_routes(door: EngineDoor) -> list[Any]:
         try:
             serve = _application(door, name, verb, scope["path"])
         except ApiError as error:
-            await send_error(send, error)  # type: ignore[arg-type]
+            await send_error(send, error)
             return
         await serve(scope, receive, send)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
+from functools import cache
 from itertools import count
 from typing import Annotated, Any, TypeVar
 
@@ -26,6 +27,7 @@ ABANDON_S = 1.0
 """How long an answer is awaited that nobody wants any more, to give back what it brings."""
 SERVING = ("ready", "draining")
 
+_decoder = cache(decoding)
 Spawn = Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]
 
 
@@ -63,7 +65,7 @@ class EngineDoor:
 
     def decode(self, kind: type[Body], engine: Entry, body: bytes) -> Body:
         """Return a checked request to an engine. Raises ApiError."""
-        request = decoding(kind)(body)
+        request: Body = _decoder(kind)(body)
         if request.model not in (None, engine.model):
             text = f"The engine '{engine.name}' serves '{engine.model}' and not '{request.model}'."
             raise ApiError(404, text, param="model", code="model_not_found")

@@ -34,7 +34,6 @@ STRATEGIES = (
     Strategy("disaggregate", "1P1D: disaggregate", "disaggregate", "baseline", roles="split", tuned_as="1P1D"),
     Strategy("balanced-10", "balanced 0.1", "balanced", options={"ratio": 0.1}, roles="split"),
     Strategy("balanced-30", "balanced 0.3", "balanced", options={"ratio": 0.3}, roles="split"),
-    Strategy("balanced-50", "balanced 0.5", "balanced", options={"ratio": 0.5}, roles="split"),
     Strategy("adaptive", "adaptive", "adaptive", "adaptive"),
     Strategy("prefix_aware", "prefix_aware", "prefix_aware"),
     Strategy("migrate", "migrate", "migrate"),

@@ -39,7 +39,7 @@ class Process:
     def start(self) -> None:
         self.num_starts += 1
         self.process = SimulatedProcess(f"{self.name}#{self.num_starts}")
-        self.process.spawn(self._serve())
+        self.task = self.process.spawn(self._serve())
 
     async def _serve(self) -> None:
         fleet = self.fleet

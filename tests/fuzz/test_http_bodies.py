@@ -8,7 +8,14 @@ import pytest
 from fuzz.mutator import Mutator
 
 from callboard.actors.frontend.errors import ApiError
-from callboard.actors.frontend.requests import decode_chat, decode_completion
+from callboard.actors.frontend.microserving_asks import PrepRecvRequest, RemoteSendRequest
+from callboard.actors.frontend.microserving_door import EngineRequest
+from callboard.actors.frontend.microserving_generation import StartGenerateRequest
+from callboard.actors.frontend.microserving_held import Held, HeldReservations, NotAName
+from callboard.actors.frontend.requests import decode_chat, decode_completion, decoding
+from callboard.actors.protocol import KvAddr
+from callboard.bus import Address
+from callboard.kv.layout import KvLayout
 
 COMMON = {
     "model": "m",
@@ -87,3 +94,46 @@ def test_a_body_is_taken_or_the_clients_fault(kind: str, body: dict[str, Any]) -
             statuses.add(error.status)
     assert all(400 <= status < 500 for status in statuses)
     assert NUM_BODIES // 20 < num_taken < NUM_BODIES // 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (PrepRecvRequest, {"end": -1}),
+        (RemoteSendRequest, {"begin": 0, "end": -1, "kv_addr_info": "x", "recv_rank": 0}),
+        (StartGenerateRequest, {"begin": -1}),
+    ],
+)
+def test_a_body_for_an_engine_is_taken_or_the_clients_fault(kind: type[EngineRequest], more: dict[str, Any]) -> None:
+    rng, decode = random.Random(kind.__name__), decoding(kind)
+    num_taken = 0
+    statuses: set[int] = set()
+    for _ in range(NUM_BODIES // 5):
+        try:
+            request = decode(json.dumps(mutated(rng, COMPLETION | more)).encode())
+            request.sampling(max_tokens=1, seed=1, index=0, eos_token_ids=(1,))
+            num_taken += 1
+        except ApiError as error:
+            statuses.add(error.status)
+    assert all(400 <= status < 500 for status in statuses)
+    assert NUM_BODIES // 100 < num_taken < NUM_BODIES // 6
+
+
+def test_a_name_that_was_tampered_with_names_nothing() -> None:
+    rng, known = random.Random(1), HeldReservations()
+    layout = KvLayout(2, 2, 16)
+    for number in range(4):
+        kv = KvAddr(Address("kv", "ipc://kv", "kv"), "epoch", f"id{number}", layout, 0, 9, ())
+        known.put(Held("e", f"u{number}", b"", 9, 1, kv, 0.0))
+    names = [held.name for held in known._by_id.values()]
+    assert [known.named(name) for name in names] == list(known._by_id.values())
+    for _ in range(NUM_BODIES):
+        letters = list(rng.choice(names))
+        for _ in range(rng.randrange(1, 4)):
+            letters[rng.randrange(len(letters))] = rng.choice("AZaz09-_=+/\0 \u00e9\ud800")
+        tampered = "".join(letters)
+        try:
+            found = known.named(tampered)
+        except NotAName:
+            continue
+        assert found is None or found.name in names

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from fleet import Fleet, Generated, running_fleet
 
+from callboard.actors.engine.door import Door
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation, simulated_tokens
 from callboard.actors.move_protocol import GetLeaving, GetOccupied, Leaving, Occupied, SetDraining, SetRoles
 from callboard.actors.protocol import SamplingParams
@@ -24,10 +25,10 @@ class DrainedFleet:
         self.fleet = fleet
         self.num_tokens = num_tokens
         self.prompts = [[(31 * i + 7 * k) % 997 for k in range(30 + 11 * i)] for i in range(8)]
-        self._streams: list[asyncio.Task[Generated]] = []
+        self.streams: list[asyncio.Task[Generated]] = []
 
     def begin(self) -> None:
-        self._streams = [asyncio.ensure_future(self.generate(prompt)) for prompt in self.prompts]
+        self.streams = [asyncio.ensure_future(self.generate(prompt)) for prompt in self.prompts]
 
     async def generate(self, prompt: list[int]) -> Generated:
         return await self.fleet.generate(prompt, SamplingParams(max_tokens=self.num_tokens))
@@ -51,7 +52,7 @@ class DrainedFleet:
         return leaving
 
     async def assert_all_is_right(self) -> None:
-        for prompt, stream in zip(self.prompts, self._streams, strict=True):
+        for prompt, stream in zip(self.prompts, self.streams, strict=True):
             result = await stream
             assert result.tokens == simulated_tokens(prompt, self.num_tokens)
             assert result.finish_reason == "length"
@@ -205,3 +206,19 @@ async def test_engines_of_one_pool_hand_over_almost_no_bytes() -> None:
         assert leaving.num_moved
         assert leaving.num_bytes < 4 * leaving.num_moved * LAYOUT.block_bytes
         await run.assert_all_is_right()
+
+
+async def test_what_is_too_long_for_the_other_engine_is_tried_ever_less_often_and_finishes_where_it_is() -> None:
+    async with drained_fleet("p", "d1", "d2", num_tokens=150) as run:
+        run.fleet.actors["d2"].door = Door(COSTS.vocab_size, 32)
+        run.begin()
+        await asyncio.sleep(0.6)
+        await run.drain("d1")
+        leaving = await run.until("d1", lambda leaving: leaving.is_known and leaving.num_failed > 0)
+        assert "takes at most" in leaving.why_not
+        at_d1 = [stream for stream in run.streams if not stream.done()]
+        await asyncio.wait(at_d1)
+        leaving = await run.leaving("d1")
+        # Within three seconds: after 0.5, 1.5 and 3.5 s.
+        assert leaving.num_failed <= 3 * 8
+        assert (await run.occupied("d1")).num_sequences == 0

@@ -8,9 +8,11 @@ from fleet import Fleet, Generated, running_fleet
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation, simulated_tokens
 from callboard.actors.move_protocol import Depart, Freeze, Moved, SendKv
-from callboard.actors.protocol import Generate, SamplingParams
+from callboard.actors.protocol import Generate, PrepRecv, SamplingParams, StartGenerate
 from callboard.bus import ActorDied, UnknownActor, VirtualClock
+from callboard.bus.transports.sim import SimHub
 from callboard.kv.tokens import pack_tokens
+from callboard.router.handover import SWITCH_S
 
 COSTS = Simulation(seconds_per_step=0.02, seconds_per_prefill_token=0.001)
 LAYOUT = SimulatedRunner(COSTS).layout
@@ -91,6 +93,17 @@ async def route(request: Request, fleet: Fleet):
                 fleet.moved.append(error)
 """
 
+BESIDE = """
+async def route(request: Request, fleet: Fleet):
+    here, *others = fleet.engines
+    moving = None
+    async for token in here.start_generate(request):
+        yield token
+        if token.position == 5:
+            moving = asyncio.ensure_future(here.hand_over(request, others[0]))
+            moving.add_done_callback(lambda done: done.cancelled() or done.exception())
+"""
+
 
 class Client:
     """Reads one stream, with the time of each token."""
@@ -162,3 +175,26 @@ async def test_what_has_moved_is_counted_there_and_leaves_nothing_behind(write_s
         assert client.ids == simulated_tokens(PROMPT, 40)
         ended = fleet.actors["d1"].scheduler.counts.counters().num_finished
         assert ended == {"moved": 1}
+
+
+@pytest.mark.parametrize("message", [PrepRecv, SendKv, Freeze, StartGenerate])
+@pytest.mark.parametrize("side", ["d1", "d2"])
+async def test_who_never_answers_holds_a_stream_up_for_a_bounded_time(side: str, message: type, write_script: Any):
+    hub = SimHub(1)
+    async with fleet_of(write_script(BESIDE), given={"hub": hub}) as fleet:
+        struck: list[float] = []
+
+        def strike(row: Any, sent: Any) -> None:
+            if isinstance(sent, message) and not struck and len(client.ids) > 5:
+                struck.append(asyncio.get_running_loop().time())
+                island = frozenset(f"inproc://{name}" for name in (side, f"kv-{side}"))
+                partition = hub.partition(island, refuses=False)
+                asyncio.get_running_loop().call_later(8.0, hub.heal, partition)
+
+        client = Client(fleet)
+        fleet.nodes["control"].follow(strike, everything=True)
+        await asyncio.wait_for(client.read(), 60.0)
+        assert struck, "the moment never came"
+        assert client.ids == simulated_tokens(PROMPT, 40)
+        # Whoever is cut off with what it generates is given up after 5 s of silence, and recovered from elsewhere.
+        assert client.longest_gap_s() < SWITCH_S + 2.0

@@ -155,3 +155,18 @@ async def test_what_another_router_sent_is_gone_on_from(fleet):
         assert [(token.position, token.id) async for token in tokens] == [(2, 102), (3, 103)]
     (call,) = (call for engine in fleet.engines.values() for call in engine.calls)
     assert call[2] == 65536
+
+
+async def test_a_death_after_the_last_token_is_nobodys_business(fleet, write_script):
+    script = write_script(
+        """
+async def route(request: Request, fleet: Fleet):
+    async for token in least_loaded(fleet.engines).start_generate(request):
+        yield token
+    raise LinkLost("of something that the script asked for in the end")
+"""
+    )
+    await two(fleet, script)
+    assert await fleet.generate() == [100, 101, 102]
+    assert sum(len(engine.calls) for engine in fleet.engines.values()) == 1
+    assert fleet.is_clean()

@@ -141,6 +141,16 @@ async def test_what_was_dropped_or_never_prepared_is_not_activated(three):
             await all_three[0].ref.ask(ActivateRoute(change_id))
 
 
+async def test_a_change_of_what_runs_no_more_is_refused(three):
+    node = await visitor(three.fleet)
+    all_three = targets(node, *three.routers)
+    late = changer("bob").set_script(to("b"))(await look_at(node, all_three))
+    base = three.routers[0].routes.change.id
+    await change(three.fleet, changer("ann").set_script(to("a")), *three.routers)
+    with pytest.raises(RouteRefused, match="ann has changed the script to to_a meanwhile"):
+        await all_three[0].ref.ask(PrepareRoute(late, base))
+
+
 async def test_of_two_who_set_at_once_one_wins_and_the_other_is_told(three):
     outcomes = await asyncio.gather(
         change(three.fleet, changer("ann").set_script(to("a")), *three.routers),

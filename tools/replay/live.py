@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from callboard.actors.actor import start_actor, stop_actor
 from callboard.actors.protocol import Entry, ListEntries
-from callboard.actors.registration import DirectoryView
 from callboard.bus import Address, BusError, Node, Ref
 from callboard.bus.taps import Row, TapRecord, finished
 from callboard.bus.tasks import Tasks
@@ -49,8 +48,13 @@ class GuestRouter(RouterActor):
     """A router that is in no directory: it serves this process alone, and the fleet's own goes on as it is."""
 
     async def start(self) -> None:
-        self._started_s = self.node.clock.now()
-        self.view = DirectoryView(self, on_change=self._on_view)
+        await self.open()
+
+    def hear_routers(self) -> None:
+        """Take over nothing: it runs what it was given."""
+
+    async def _catch_up_at_start(self) -> None:
+        pass
 
 
 async def replay_live(

@@ -15,6 +15,7 @@ from callboard.router.script import load_text, read_script
 from callboard.router.swap import Swapped, Target, swap
 from callboard.tools.errors import CliError
 
+from .hanging import Hung, while_not_hung
 from .routers import changer, options_of, visit
 
 MOST_SHOWN = 3
@@ -52,9 +53,12 @@ def script_text(arguments: argparse.Namespace) -> ScriptText:
     """Read the script that ``arguments`` name; it loads, with its options. Raises CliError."""
     try:
         text = read_script(arguments.file, options_of(arguments.set))
-        script = load_text(text)
+        with while_not_hung(text.path):
+            script = load_text(text)
     except ScriptError as error:
         raise CliError(str(error)) from None
+    except Hung as hung:
+        raise CliError(f"{text.path}:{hung.line}: its code outside of functions does not end") from None
     # The values as what they are, and the whole path: another machine's people are to know which file it was.
     given = {name: script.options[name] for name in text.options}
     return msgspec.structs.replace(text, options=msgspec.to_builtins(given), path=str(Path(text.path).absolute()))
@@ -84,9 +88,7 @@ def _change(arguments: argparse.Namespace, decide_for: Callable[[Changer], Decid
         print(f"{change.share:g} per cent of new requests take {trial.name} (version {trial.number}),")
         print(f"the others {active.name} (version {active.number}). {NEXT}")
     else:
-        print(
-            f"{trial.name} (version {trial.number}) decides in the shadow of {active.name}, and sends nothing. {NEXT}"
-        )
+        print(f"{trial.name} (version {trial.number}) decides in the shadow of {active.name}. {NEXT}")
     for name in swapped.late:
         print(f"Router {name} does not answer: it takes this over when it is back.", file=sys.stderr)
     return 0

@@ -26,7 +26,7 @@ from callboard.router.spans import request_of
 
 MODEL = "dry"
 PER_ROLE = 2
-DEADLINE_S = 60.0
+DEADLINE_S = 20.0
 LATENCY_S = 200e-6
 BYTES_PER_S = 2e9
 BLOCK_SIZE = 16

@@ -24,9 +24,10 @@ from .hanging import Hung, while_not_hung
 
 T = TypeVar("T")
 
-MOST_STEPS = 1_000_000
-"""Of the loop: a script that goes round in circles takes no time on a virtual clock."""
+MOST_STEPS = 200_000
+"""Of the loop, of which a dry run takes some 7,000: one that goes round in circles takes no time on a virtual clock."""
 MOST_ROLES = 4
+MOST_NAMED = 3
 DEATH_AFTER = 10
 """Tokens of the request whose engine dies."""
 
@@ -107,10 +108,15 @@ async def _try(text: ScriptText, roles: list[str]) -> tuple[Outcome, str | None]
             rows += [row for row, _ in made]
             lacking = lacking or next((role for _, role in made if role), None)
         await asyncio.sleep(1.0)  # Until what is cancelled is given back.
-        problems = [f"{what}\nrequests: {', '.join(names)}" for what, names in failed.items()]
+        problems = [f"{what}\n{_named(names)}" for what, names in failed.items()]
         problems += await _left_behind(fleet)
         names = tuple(fleet.engines)
         return Outcome(names, tuple(rows), tuple(dict.fromkeys(problems))), lacking
+
+
+def _named(names: list[str]) -> str:
+    shown, more = names[:MOST_NAMED], len(names) - MOST_NAMED
+    return f"requests: {', '.join(shown)}{f', and {more} more' if more > 0 else ''}"
 
 
 async def _ask(fleet: DryFleet, asked: Asked, problems: dict[str, list[str]]) -> tuple[Row, str | None]:
@@ -136,7 +142,8 @@ async def _ask(fleet: DryFleet, asked: Asked, problems: dict[str, list[str]]) ->
         row.is_failed = True
         lacking = error.role if isinstance(error, NoEngine) else None
         what = f"{asked.name} (after {len(got)} of {asked.num_tokens} tokens)"
-        problems.setdefault(fleet.trace_of(request_id) or str(error), []).append(what)
+        words = (fleet.trace_of(request_id) or str(error)).replace(f"request {request_id}", "the request")
+        problems.setdefault(words, []).append(what)
     row.verbs = fleet.verbs_of(request_id)
     row.notes = fleet.notes_of(request_id)
     return row, lacking

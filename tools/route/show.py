@@ -15,6 +15,9 @@ from callboard.tools.units import format_span
 
 from .routers import visit
 
+WORDS = {"failed": "went back from one that failed"}
+"""How changes are told, where their names do not say it."""
+
 
 def run_show(arguments: argparse.Namespace) -> int:
     """Print what every router runs."""
@@ -84,9 +87,8 @@ def _named(value: Any) -> Any:
 
 def _print_report(report: Routes) -> None:
     change = report.change
-    print(
-        f"Router {report.router}: {change.active.name} (version {change.active.number}), {change.what}{_by(change.by)}"
-    )
+    what = WORDS.get(change.what, change.what)
+    print(f"Router {report.router}: {change.active.name} (version {change.active.number}), {what}{_by(change.by)}")
     print(f"  since    {_when(change.at)} ({format_span(max(0.0, time.time() - change.at))})")
     _print_script(change.active)
     _print_trial(change, report.shadow)
@@ -156,7 +158,7 @@ def _print_trace(trace: str) -> None:
 
 def _what(record: RouteRecord) -> str:
     if record.trial is None:
-        return record.what
+        return WORDS.get(record.what, record.what)
     share = f" for {record.share:g} per cent" if record.share else ""
     return f"{record.what}{share}: version {record.trial}"
 

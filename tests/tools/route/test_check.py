@@ -1,15 +1,19 @@
 """``callboard route check``: what a dry run finds in a script, with its line, and that it is quick and light."""
 
+import os
+import re
 import subprocess
 import sys
 
 import pytest
-from swapping import HEAD, LINE_OF_BODY
+from swapping import HEAD, LINE_OF_BODY, text_of
 
 from callboard.router.script import read_script, shipped_scripts
+from callboard.tools.cli import main
 from callboard.tools.route.dry_run import dry_run, requests
 from callboard.tools.route.hanging import Hung, while_not_hung
 from callboard.tools.route.new import TEMPLATE
+from callboard.tools.route.types import check_types
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ ONE = "    async for token in fleet.engines[0].start_generate(request):\n"
         ),
         (
             f"async def route(request, fleet):\n    await asyncio.Event().wait()\n{ONE}        yield token\n",
-            [line(1), "await asyncio.Event().wait()"],
+            [line(1), "await asyncio.Event().wait()", "the request passed its deadline", "and 9 more"],
         ),
         (
             f"async def route(request, fleet):\n    while fleet.engines:\n        await asyncio.sleep(0)\n{ONE}"
@@ -92,7 +96,7 @@ ONE = "    async for token in fleet.engines[0].start_generate(request):\n"
         (
             f"async def route(request, fleet):\n    len(fleet.engines) / (request.num_tokens - 24)\n{ONE}"
             "        yield token\n",
-            [line(1), "ZeroDivisionError", "requests: short (after 0 of 8 tokens), after that"],
+            [line(1), "ZeroDivisionError", "requests: short (after 0 of 8 tokens), after that (after 0 of 8 tokens)"],
         ),
         (
             f"async def route(request, fleet):\n{ONE}        yield token\n\n"
@@ -115,6 +119,14 @@ def test_a_script_that_never_awaits_is_found(try_script, monkeypatch):
     assert len(problems) == 1
     assert "never awaits anything" in problems[0]
     assert problems[0].startswith("line ")
+
+
+def test_a_script_that_never_loads_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("callboard.tools.route.hanging.MOST_CPU_S", 0.3)
+    path = tmp_path / "mine.py"
+    path.write_text("x = 0\nwhile True:\n    x += 1\n")
+    assert main(["route", "check", str(path)]) == 2
+    assert re.search(r"mine.py:[23]: its code outside of functions does not end", capsys.readouterr().err)
 
 
 def test_code_that_hangs_elsewhere_is_left_alone():
@@ -147,3 +159,12 @@ def test_it_loads_nothing_heavy():
     code += "print(code, [m for m in ('torch', 'triton', 'transformers', 'litestar', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.skipif(not os.environ.get("CALLBOARD_LONG"), reason="mypy reads all of Callboard: CALLBOARD_LONG=1")
+def test_types_that_do_not_fit_are_said_with_file_and_line():
+    text = text_of("async def route(request: Request, fleet: Fleet) -> Tokens:\n    yield request.num_tokenz\n")
+    found = check_types(text).result()
+    assert not found.is_good
+    assert f'/home/me/mine.py:{LINE_OF_BODY + 1}: error: "Request" has no attribute "num_tokenz"' in found.words
+    assert check_types(read_script("adaptive")).result().words == "types: they fit"

@@ -44,11 +44,11 @@ async def fleet(tmp_path: Path) -> AsyncIterator[RealFleet]:
     async with real_fleet(tmp_path) as fleet:
         served = {"tiny": {"path": str(folder), "max_model_len": 8192}}
         router = msgspec.to_builtins(fleet.address("control", "main"))
-        config = {"router": router, "models": served, "port": 0}
+        config = {"router": router, "models": served, "port": 0, "patience_s": 2.0}
         frontend = ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
         p = fleet.engine("p", COSTS, num_blocks=2048, roles=["prefill"])
         d = fleet.engine("d", COSTS, num_blocks=2048, roles=["decode"])
-        await fleet.start(fleet.directory(), *p, *d, fleet.router(frontend, script="disaggregate"))
+        await fleet.start(fleet.directory(), *p, *d, fleet.router(frontend, script="disaggregate", patience_s=2.0))
         yield fleet
 
 
@@ -119,7 +119,9 @@ async def test_a_killed_engine_leaves_a_story_that_says_where_it_failed(fleet: R
         await fleet.kill("d")
         assert '"error"' in [line async for line in lines if line][-1]
     story = (await stories_of(fleet))["victim"]
-    [start] = [span for span in story.sub_requests if span.name == "start_generate"]
+    # The router tries again, as nobody but the dead one decodes here.
+    starts = [span for span in story.sub_requests if span.name == "start_generate"]
+    start = starts[0]
     assert start.error.startswith("ActorDied")
     assert start.num_items > 0
     # What the engine knew died with it.
@@ -128,5 +130,4 @@ async def test_a_killed_engine_leaves_a_story_that_says_where_it_failed(fleet: R
     found = breakdown(story)
     assert found.is_over
     longest = max(found.gaps, key=lambda gap: gap.seconds)
-    assert longest.begin >= start.begin
-    assert longest.end <= start.end if start.end is not None else False
+    assert any(each.begin <= longest.begin and longest.end <= (each.end or 0.0) for each in starts)
