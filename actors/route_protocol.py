@@ -1,7 +1,7 @@
 """The messages by which a router's script is changed while it serves. Fields are positional on the wire: append only.
 
 A change is the whole of what a router is to run, and not a difference: whoever has it can take it over. It is prepared
-on all routers, then activated on all (router/swap.py), and a router that has missed it takes it from another one.
+on all routers, then activated on all (router/swap/swap.py), and a router that has missed it takes it from another one.
 Scripts travel as their text, and never as a path on the router's machine.
 """
 

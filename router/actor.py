@@ -19,15 +19,15 @@ from callboard.kv.tokens import TOKEN_BYTES, num_tokens
 
 from .deadline import Deadline
 from .errors import QueueFull
+from .known.load_streams import LoadStreams
+from .known.loads import Loads
 from .leaving import Departures
-from .load_streams import LoadStreams
-from .loads import Loads
 from .recovery import Recovery
-from .route_changes import RouteChanges
-from .routes import Routes
 from .script import Script
 from .shared import Shared
 from .spans import NUM_REQUESTS, Spans
+from .swap.route_changes import RouteChanges
+from .swap.routes import Routes
 
 MOST_ID = 256
 """Characters of a request's id: it is kept with each of its sub-requests."""
@@ -79,7 +79,7 @@ class RouterActor(RouteChanges):
         """Begin to serve, as far as the directory does not know of it."""
         self._started_s = self.node.clock.now()
         self.view = DirectoryView(self, on_change=self._on_view)
-        self._shared = Shared(self, self.view, self.loads, self.spans, self.routes)
+        self._shared = Shared(self, self.view, self.loads, self.spans)
         self._departures = Departures(self._shared)
         self._load_streams = LoadStreams(self, self.loads, self._shared.events)
         await self.start_routes(self._shared)
@@ -119,7 +119,7 @@ class RouterActor(RouteChanges):
         try:
             recovery = Recovery(
                 self._shared,
-                self.routes.choose(message),
+                self.routes,
                 message,
                 deadline,
                 patience_s=self.config.patience_s,

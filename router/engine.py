@@ -11,9 +11,9 @@ from callboard.kv.layout import BadRange
 from .attempt import Attempt
 from .generation import Generation
 from .handover import hand_over
+from .known.transfers import Transfer
 from .request import Request
 from .reservation import PrepRecvCall, Reserved
-from .transfers import Transfer
 
 LONGEST_WAIT_S = 30.0
 """The longest that a manager is asked to wait for free blocks."""

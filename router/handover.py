@@ -31,7 +31,8 @@ THAW_S = 2.0
 
 async def hand_over(attempt: Attempt, source: Entry, target: Entry) -> Moved:
     """Move the generation that the attempt reads from ``source``; see Engine.hand_over."""
-    found = [g for g in attempt.generations if g.attempt is attempt and g.entry.name == source.name and g.has_begun]
+    generations = [each for each in attempt.generations if isinstance(each, Generation) and each.attempt is attempt]
+    found = [each for each in generations if each.entry.name == source.name and each.has_begun]
     if not found:
         request_id = attempt.request.id
         raise NotMovable(request_id=request_id, reason=f"nothing of it has begun to be read from {source.name}")

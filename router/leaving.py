@@ -67,7 +67,7 @@ class Departures:
         return Leaving(
             is_known=is_known,
             num_requests=self._shared.loads.num_own(name),
-            num_streams=sum(generation.entry.name == name for generation in self._shared.generations),
+            num_streams=sum(generation.entry.name == name for generation in self._generations()),
             num_moved=departure.num_moved,
             num_failed=departure.num_failed,
             num_bytes=departure.num_bytes,
@@ -91,7 +91,7 @@ class Departures:
     def _start_moves(self, entry: Entry, departure: _Departure) -> None:
         now, shared = self._shared.node.clock.now(), self._shared
         departure.tried = {g: tried for g, tried in departure.tried.items() if g in shared.generations}
-        for generation in list(shared.generations):
+        for generation in self._generations():
             if len(departure.under_way) >= AT_ONCE:
                 return
             is_there = generation.entry.name == entry.name and generation.has_begun and generation.num_output_tokens
@@ -132,6 +132,9 @@ class Departures:
             1e3 * moved.pause_s,
             extra={"request_id": request_id},
         )
+
+    def _generations(self) -> list[Generation]:
+        return [each for each in self._shared.generations if isinstance(each, Generation)]
 
     def _choose(self, source: Entry) -> Entry | None:
         """Return the idlest engine that what runs on ``source`` may go on at."""

@@ -22,8 +22,8 @@ from .errors import NoEngine
 from .patience import Patience
 from .request import Request
 from .running import run_script
-from .script import Script
 from .shared import Shared
+from .swap.routes import Routes
 
 log = logging.getLogger("callboard.router")
 
@@ -39,7 +39,7 @@ class Recovery:
     def __init__(
         self,
         shared: Shared,
-        script: Script,
+        routes: Routes,
         message: Generate,
         deadline: Deadline,
         *,
@@ -47,7 +47,8 @@ class Recovery:
         is_fleet_starting: bool,
     ) -> None:
         self._shared = shared
-        self._script = script
+        self._routes = routes
+        self._script = routes.choose(message)
         self._message = message
         self._deadline = deadline
         self._patience_s = patience_s
@@ -65,7 +66,7 @@ class Recovery:
             num_before = len(self._sent)
             request, is_finished = self._request(), False
             try:
-                run = run_script(self._shared, self._script, request, self._deadline, patience, begin_s)
+                run = run_script(self._shared, self._routes, self._script, request, self._deadline, patience, begin_s)
                 async with aclosing(run) as tokens:
                     async for token in tokens:
                         self._sent.append(token.id)
@@ -92,7 +93,7 @@ class Recovery:
             except OutOfBlocks as error:
                 patience = self._after(num_before, patience)
                 # Before the first token that is an answer. Who has begun is not sent away because others came.
-                if not self._sent or not await patience.pauses(request):
+                if not request.num_output_tokens and not self._sent or not await patience.pauses(request):
                     raise
                 self._again(repr(error), request)
             begin_s = clock.now()
@@ -124,6 +125,6 @@ class Recovery:
 
     def _again(self, why: str, request: Request) -> None:
         self._number += 1
-        self._script = self._shared.routes.again(self._script)
+        self._script = self._routes.again(self._script)
         where = f" behind {len(self._sent)} tokens" if self._sent else ""
         log.warning("attempt %d follows%s after %s", self._number + 1, where, why, extra={"request_id": request.id})

@@ -20,6 +20,7 @@ from .request import Request
 from .script import Script
 from .script_trace import first_cause, in_one_line, line_in, trace_of
 from .shared import Shared
+from .swap.routes import Routes
 from .watching import Watching
 
 log = logging.getLogger("callboard.router")
@@ -34,13 +35,19 @@ _END: Any = object()
 
 
 async def run_script(
-    shared: Shared, script: Script, request: Request, deadline: Deadline, patience: Patience, begin_s: float
+    shared: Shared,
+    routes: Routes,
+    script: Script,
+    request: Request,
+    deadline: Deadline,
+    patience: Patience,
+    begin_s: float,
 ) -> AsyncGenerator[Token, None]:
     """Run the script once; yield its tokens in order, from position ``request.num_output_tokens``.
 
     All it took is given back when this ends.
     """
-    watch = shared.routes.begins(script, shared, request)
+    watch = routes.begins(script, shared, request)
     attempt = Attempt(shared if watch is None else watch.shared, request, begin_s)
     if not request.num_output_tokens:  # What goes on elsewhere was asked for once.
         attempt.num_seen_tokens = shared.prefixes.note(request.model, request.packed_prompt, begin_s)
@@ -81,7 +88,7 @@ async def run_script(
         try:
             await _close(script, route, attempt, watch)
         finally:
-            shared.routes.ended(script, request, failure, is_finished=is_finished)
+            routes.ended(script, request, failure, is_finished=is_finished)
             attempt.note_end(
                 error=error_words or ("" if is_finished else "cancelled"),
                 script=script.name,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from callboard.actors.actor import Actor
 from callboard.actors.protocol import Entry
@@ -10,16 +9,11 @@ from callboard.actors.registration import DirectoryView
 from callboard.bus import Node
 
 from .events import Events
-from .lengths import Lengths
-from .loads import Loads
-from .prefixes import Prefixes
+from .known.lengths import Lengths
+from .known.loads import Loads
+from .known.prefixes import Prefixes
+from .known.transfers import Transfers
 from .spans import Spans
-from .transfers import Transfers
-
-if TYPE_CHECKING:
-    from .generation import Generation
-    from .routes import Routes
-
 
 MOST_ROLES = 1000
 
@@ -32,9 +26,8 @@ class Shared:
     view: DirectoryView
     loads: Loads
     spans: Spans
-    routes: "Routes"
-    generations: "dict[Generation, None]" = field(default_factory=dict)
-    """The streams of engines that are read, in the order in which they began."""
+    generations: dict[object, None] = field(default_factory=dict)
+    """The streams of engines that are read (generation.py), in the order in which they began."""
 
     roles: set[tuple[str, str]] = field(default_factory=set)
     """The models and roles of all engines that were ever here: one that is dead comes back."""

@@ -8,8 +8,8 @@ from callboard.actors.route_protocol import GetRoutes, Routes, ScriptText
 from callboard.bus import Node
 from callboard.kv.tokens import pack_tokens
 from callboard.router.actor import RouterActor
-from callboard.router.changer import Changer
-from callboard.router.swap import Swapped, Target, swap
+from callboard.router.swap.changer import Changer
+from callboard.router.swap.swap import Swapped, Target, swap
 
 HEAD = "import asyncio\nfrom callboard.router import *\n\n"
 LINE_OF_BODY = HEAD.count("\n") + 1

@@ -1,29 +1,48 @@
 """The part of the plan that asks engines and does not compute: the control node, and the routers' own."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 
-from callboard.actors.node_spec import ActorSpec, NodeSpec, RestartPolicy
+from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
+from callboard.bus import Address
 from callboard.bus.private import why_open
 
 from .api_keys import read_api_keys
 from .endpoints import CONTROL
 from .fleet_check import router_names, script_path
-from .fleet_file import Fleet, Restart, Router
+from .fleet_file import Engine, Fleet, FleetFile, Restart, Router
 from .kept_logs import kept_at
 from .machine import split_address
 from .units import parse_duration
-
-if TYPE_CHECKING:
-    from .plan import Planner
 
 LAST_WORD_S = 1.0
 """What the frontend adds to a router's deadline: the router should be the one to say that it passed."""
 
 
-def control_node(planner: "Planner") -> NodeSpec:
+class Planning(Protocol):
+    """What this part takes of the Planner."""
+
+    file: FleetFile
+    fleet: Fleet
+    run_dir: Path
+    port: int
+    models: dict[str, Path]
+    max_lens: dict[str, int]
+    warnings: list[str]
+
+    def address(self, node: str, actor: str) -> Address:
+        """Return where an actor will be."""
+
+    def node(self, name: str, kind: NodeKind, *actors: ActorSpec, **options: Any) -> NodeSpec:
+        """Return a process with actors in it."""
+
+    def model_of(self, engine: Engine) -> str:
+        """Return the name of an engine's model."""
+
+
+def control_node(planner: Planning) -> NodeSpec:
     """Return the node of directory and frontend, and of the router if there is but one."""
     fleet = planner.fleet
     actors = [ActorSpec("directory", "callboard.actors.directory:Directory")]
@@ -35,7 +54,7 @@ def control_node(planner: "Planner") -> NodeSpec:
     return planner.node(CONTROL, "control", *actors, removes=removes, keeps_logs_at=keeps, is_essential=True)
 
 
-def router_nodes(planner: "Planner") -> list[NodeSpec]:
+def router_nodes(planner: Planning) -> list[NodeSpec]:
     """Return a node for each router, so that one can die alone; none if there is but one."""
     routers = routers_of(planner.fleet)
     if is_alone(routers):
@@ -66,7 +85,7 @@ def policy_of(restart: Restart) -> RestartPolicy:
     return RestartPolicy(restart.policy == "on-failure", parse_duration(restart.backoff), restart.max)
 
 
-def _router(planner: "Planner", router: Router, name: str) -> ActorSpec:
+def _router(planner: Planning, router: Router, name: str) -> ActorSpec:
     script = script_path(planner.file, router.script)
     config = {
         "name": name,
@@ -82,7 +101,7 @@ def _router(planner: "Planner", router: Router, name: str) -> ActorSpec:
     return ActorSpec(name, "callboard.router.actor:RouterActor", config)
 
 
-def _frontend(planner: "Planner", routers: tuple[Router, ...]) -> ActorSpec:
+def _frontend(planner: Planning, routers: tuple[Router, ...]) -> ActorSpec:
     fleet = planner.fleet
     host, _ = split_address(fleet.listen.http)
     roles: dict[str, set[str]] = {}
@@ -108,7 +127,7 @@ def _frontend(planner: "Planner", routers: tuple[Router, ...]) -> ActorSpec:
     return ActorSpec("frontend", "callboard.actors.frontend.frontend:Frontend", config)
 
 
-def _asked(planner: "Planner", routers: tuple[Router, ...]) -> dict[str, Any]:
+def _asked(planner: Planning, routers: tuple[Router, ...]) -> dict[str, Any]:
     """Return whom the frontend asks, and for how long: over all routers no longer than one would have had."""
     asked = [router for router in routers if not router.inner]
     limits = {

@@ -24,9 +24,9 @@ from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPol
 from callboard.actors.protocol import Entry, ListEntries
 from callboard.actors.supervisor import Supervisor
 from callboard.bus import Address, Node
-from callboard.router.changer import Changer
 from callboard.router.script import read_script
-from callboard.router.swap import Target, swap
+from callboard.router.swap.changer import Changer
+from callboard.router.swap.swap import Target, swap
 
 from .load import FLEET
 from .strategies import Strategy

@@ -5,9 +5,9 @@ from collections import Counter
 
 from callboard.actors.move_protocol import SetDraining, SetRoles
 from callboard.bus import BusError
-from callboard.router.changer import Changer
 from callboard.router.script import read_script
-from callboard.router.swap import Target, swap
+from callboard.router.swap.changer import Changer
+from callboard.router.swap.swap import Target, swap
 
 from .schedule import ROLES, Change
 from .world import Machine, World, address_of

@@ -59,7 +59,11 @@ def _with_deaths_alone(schedule: Schedule) -> Schedule:
         return schedule
     faults = tuple(death_of(rng, schedule) for _ in range(rng.choice([1, 1, 2, 3])))
     wires_break = None if schedule.wires_break is None else 0.0
-    return replace(schedule, faults=faults, weather=replace(schedule.weather, retry_rate=0.0), wires_break=wires_break)
+    weather = replace(schedule.weather, retry_rate=0.0)
+    # Who goes on behind his tokens has a longer prompt, which must fit twice, too.
+    longest = max(len(each.prompt) + each.sampling.max_tokens for each in schedule.requests)
+    num_blocks = max(schedule.num_blocks, 2 * (longest // schedule.engine["block_size"] + 2))
+    return replace(schedule, faults=faults, weather=weather, wires_break=wires_break, num_blocks=num_blocks)
 
 
 def _with_changes(schedule: Schedule) -> Schedule:

@@ -5,7 +5,7 @@ import random
 from callboard.actors.load_protocol import LoadReport
 from callboard.actors.protocol import Entry, Load
 from callboard.bus import Address
-from callboard.router.loads import Loads
+from callboard.router.known.loads import Loads
 
 IDLE = Load()
 

@@ -16,8 +16,8 @@ from callboard.kv.tokens import pack_tokens
 from callboard.router import Prediction, Request, best_plan, predict
 from callboard.router.attempt import Attempt
 from callboard.router.fleet import Fleet as Seen
-from callboard.router.lengths import Lengths
-from callboard.router.transfers import Transfer, Transfers
+from callboard.router.known.lengths import Lengths
+from callboard.router.known.transfers import Transfer, Transfers
 
 COSTS = Simulation(seconds_per_step=0.004, seconds_per_prefill_token=0.0002, seconds_per_decode=0.001)
 LAYOUT = SimulatedRunner(COSTS).layout

@@ -3,7 +3,7 @@
 import random
 
 from callboard.kv.tokens import pack_tokens
-from callboard.router.prefixes import CHUNK, MEMORY_S, MOST_LEAVES, Prefixes
+from callboard.router.known.prefixes import CHUNK, MEMORY_S, MOST_LEAVES, Prefixes
 
 
 def prompt(*parts: int) -> bytes:

@@ -10,7 +10,7 @@ from callboard.actors.route_protocol import ActivateRoute, DropRoute, PrepareRou
 from callboard.bus import BusError
 from callboard.router import ScriptError
 from callboard.router.errors import RouteRefused
-from callboard.router.swap import look_at, swap
+from callboard.router.swap.swap import look_at, swap
 
 
 @pytest.fixture

@@ -134,7 +134,9 @@ class Besieged:
 def process() -> Iterator[tuple[int, str]]:
     """The besieged node's process, which outlives every siege: its pid and endpoint."""
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True) as running:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as running:
         assert running.stdout is not None
         yield running.pid, running.stdout.readline().strip()
         running.kill()

@@ -12,9 +12,9 @@ from tiny_models import tiny_model
 
 from callboard.actors.route_protocol import GetRoutes, Routes
 from callboard.bus import Node
-from callboard.router.changer import Changer, Decide
 from callboard.router.script import read_script
-from callboard.router.swap import Target, swap
+from callboard.router.swap.changer import Changer, Decide
+from callboard.router.swap.swap import Target, swap
 from callboard.tools.bus_client import list_entries, visitor
 
 from .served import Served, quantile, served

@@ -9,10 +9,10 @@ import msgspec
 
 from callboard.actors.route_protocol import ScriptText
 from callboard.bus import Node
-from callboard.router.changer import Changer, Decide
 from callboard.router.errors import ScriptError
 from callboard.router.script import load_text, read_script
-from callboard.router.swap import Swapped, Target, swap
+from callboard.router.swap.changer import Changer, Decide
+from callboard.router.swap.swap import Swapped, Target, swap
 from callboard.tools.errors import CliError
 
 from .hanging import Hung, while_not_hung

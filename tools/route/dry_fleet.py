@@ -19,10 +19,10 @@ from callboard.bus.transports.sim import SimHub, Weather
 from callboard.kv.lanes import Pace
 from callboard.kv.layout import KvLayout
 from callboard.router.actor import RouterActor
-from callboard.router.decisions import decision_of, noting
 from callboard.router.request import Request
 from callboard.router.shared import Shared
 from callboard.router.spans import request_of
+from callboard.router.swap.decisions import decision_of, noting
 
 MODEL = "dry"
 PER_ROLE = 2

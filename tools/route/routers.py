@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from callboard.actors.protocol import Entry, ListEntries
 from callboard.bus import BusError, Node
-from callboard.router.changer import Changer
 from callboard.router.errors import RouteRefused, ScriptError
-from callboard.router.swap import Target
+from callboard.router.swap.changer import Changer
+from callboard.router.swap.swap import Target
 from callboard.tools.bus_client import TIMEOUT_S, visitor, why_not
 from callboard.tools.errors import CliError
 from callboard.tools.running import RunningFleet, open_fleet

@@ -10,7 +10,7 @@ import msgspec
 from callboard.actors.route_protocol import GetRoutes, RouteChange, RouteRecord, Routes, ScriptText, ShadowReport
 from callboard.bus import BusError, Node
 from callboard.router.errors import RouteRefused
-from callboard.router.swap import Target
+from callboard.router.swap.swap import Target
 from callboard.tools.units import format_span
 
 from .routers import visit

@@ -6,8 +6,8 @@ from callboard.actors.actor import Actor
 from callboard.actors.load_protocol import WatchLoad
 from callboard.actors.protocol import Entry
 from callboard.bus import FOREVER, ActorDied, BusError, NotUnderstood
+from callboard.router.events import Events
 
-from .events import Events
 from .loads import Loads
 
 FIRST_RETRY_S = 0.1

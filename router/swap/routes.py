@@ -14,18 +14,18 @@ import msgspec
 from callboard.actors import route_protocol
 from callboard.actors.protocol import Generate
 from callboard.actors.route_protocol import MOST_TEXT, RouteChange, RouteRecord, ScriptText
+from callboard.router.errors import ScriptError
+from callboard.router.request import Request
+from callboard.router.script import Script, load_text, read_script
+from callboard.router.script_trace import in_one_line, trace_of
+from callboard.router.shared import Shared
+from callboard.router.spans import request_of
+from callboard.router.watching import Watching
 
 from .background_work import BackgroundWork
-from .errors import ScriptError
 from .kept_routes import MOST_HISTORY, MOST_TEXTS_BYTES, KeptRoutes, read_kept, write_kept
-from .request import Request
-from .script import Script, load_text, read_script
-from .script_trace import in_one_line, trace_of
 from .shadow import Shadow
-from .shared import Shared
-from .spans import request_of
 from .version import Version, record_of, report_of, without_sources
-from .watching import Watching
 
 log = logging.getLogger("callboard.router")
 

@@ -28,11 +28,11 @@ from callboard.actors.route_protocol import (
 from callboard.actors.route_protocol import Routes as RoutesReport
 from callboard.bus import BusError
 from callboard.bus.errors import words_of
+from callboard.router.errors import RouteRefused, ScriptError
+from callboard.router.script import Script
+from callboard.router.shared import Shared
 
-from .errors import RouteRefused, ScriptError
 from .routes import Routes
-from .script import Script
-from .shared import Shared
 
 log = logging.getLogger("callboard.router")
 

@@ -13,8 +13,7 @@ import msgspec
 
 from callboard.actors.load_protocol import LoadReport
 from callboard.actors.protocol import Entry, Load
-
-from .spans import request_of
+from callboard.router.spans import request_of
 
 SUSPECT_S = 1.0
 """How long an engine that just failed is not offered, unless it registered anew before."""

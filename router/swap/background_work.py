@@ -10,15 +10,14 @@ import logging
 from callboard.actors.protocol import Generate, SamplingParams
 from callboard.actors.route_protocol import BackgroundReport
 from callboard.bus import BusError
-
-from .attempt import Attempt
-from .background import Background
-from .errors import ScriptError
-from .fleet import Fleet
-from .request import Request
-from .script import Script
-from .script_trace import first_cause, in_one_line, trace_of
-from .shared import Shared
+from callboard.router.attempt import Attempt
+from callboard.router.background import Background
+from callboard.router.errors import ScriptError
+from callboard.router.fleet import Fleet
+from callboard.router.request import Request
+from callboard.router.script import Script
+from callboard.router.script_trace import first_cause, in_one_line, trace_of
+from callboard.router.shared import Shared
 
 log = logging.getLogger("callboard.router")
 

@@ -6,10 +6,10 @@ from collections import OrderedDict, deque
 import msgspec
 
 from callboard.actors.route_protocol import RouteChange, RouteRecord, ScriptText, VersionReport
+from callboard.router.script import Script
+from callboard.router.spans import request_of
 
 from .background_work import BackgroundWork
-from .script import Script
-from .spans import request_of
 
 NUM_LAST = 20
 """Requests by which a version is judged."""

@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 
 from callboard.actors.route_protocol import RouteChange, Routes, ScriptText
-
-from .errors import RouteRefused
+from callboard.router.errors import RouteRefused
 
 Decide = Callable[[Sequence[Routes]], RouteChange]
 """Makes a change out of what the routers run. Raises RouteRefused."""

@@ -20,9 +20,9 @@ from callboard.actors.route_protocol import (
     Routes,
 )
 from callboard.bus import Ask, BusError, Node, Ref
+from callboard.router.errors import RouteRefused, ScriptError
 
 from .changer import Decide
-from .errors import RouteRefused, ScriptError
 
 ASK_S = 3.0
 PREPARE_S = 15.0

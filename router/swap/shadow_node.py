@@ -23,9 +23,9 @@ from callboard.actors.protocol import (
 from callboard.bus import Address, Node, Ref, Tell
 from callboard.kv.layout import KvLayout
 from callboard.kv.tokens import num_tokens
+from callboard.router.errors import RouteRefused
 
 from .decisions import Stage, decision_of
-from .errors import RouteRefused
 
 NumCached = Callable[[Address], Awaitable[int]]
 

@@ -17,17 +17,17 @@ from callboard.actors.protocol import Probe, Reserved, StartGenerate
 from callboard.actors.route_protocol import Differing, ShadowReport
 from callboard.bus import Address
 from callboard.bus.clock import Clock
+from callboard.router.attempt import Attempt
+from callboard.router.fleet import Fleet
+from callboard.router.known.loads import Loads
+from callboard.router.request import Request
+from callboard.router.script import Script
+from callboard.router.script_trace import trace_of
+from callboard.router.shared import Shared
+from callboard.router.spans import Spans
 
-from .attempt import Attempt
 from .decisions import decision_of, noting
-from .fleet import Fleet
-from .loads import Loads
-from .request import Request
-from .script import Script
-from .script_trace import trace_of
 from .shadow_node import ShadowNode, shadow_stage
-from .shared import Shared
-from .spans import Spans
 
 MOST_AT_ONCE = 8
 """Shadows under way; a request that comes meanwhile has none."""
