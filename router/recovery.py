@@ -93,7 +93,7 @@ class Recovery:
             except OutOfBlocks as error:
                 patience = self._after(num_before, patience)
                 # Before the first token that is an answer. Who has begun is not sent away because others came.
-                if not request.num_output_tokens and not self._sent or not await patience.pauses(request):
+                if not (self._sent or request.num_output_tokens) or not await patience.pauses(request):
                     raise
                 self._again(repr(error), request)
             begin_s = clock.now()

@@ -47,7 +47,7 @@ def hands_over(schedule: Schedule) -> bool:
 
 
 SEARCHES = {
-    "a_block_returned_in_flight": Search(f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=485),
+    "a_block_returned_in_flight": Search(f"{WRITTEN_WHILE_FREE}|{WRONG_TOKEN}", first=1030),
     "kv_readable_before_it_arrived": Search(WRONG_TOKEN),
     "a_lost_abort": Search(f"sequences of nobody|{WRITTEN_WHILE_FREE}|knows nothing of that", first=75),
     "a_stale_epoch_accepted": Search(
