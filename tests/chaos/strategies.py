@@ -28,7 +28,8 @@ NAMES = tuple(STRATEGIES)
 
 def draw(seed: int) -> Schedule:
     """Return what a seed stands for."""
-    return _with_changes(_with_deaths_alone(_with_long_answers(_with_a_strategy(draw_plain(seed)))))
+    schedule = _with_long_answers(_with_a_strategy(draw_plain(seed)))
+    return _with_changes(_with_room(_with_deaths_alone(schedule)))
 
 
 def _with_a_strategy(schedule: Schedule) -> Schedule:
@@ -60,10 +61,16 @@ def _with_deaths_alone(schedule: Schedule) -> Schedule:
     faults = tuple(death_of(rng, schedule) for _ in range(rng.choice([1, 1, 2, 3])))
     wires_break = None if schedule.wires_break is None else 0.0
     weather = replace(schedule.weather, retry_rate=0.0)
-    # Who goes on behind his tokens has a longer prompt, which must fit twice, too.
+    return replace(schedule, faults=faults, weather=weather, wires_break=wires_break)
+
+
+def _with_room(schedule: Schedule) -> Schedule:
+    """Have room where all must end well: a prompt with the tokens behind which it goes on must fit twice, too."""
+    if schedule.may_fail:
+        return schedule
     longest = max(len(each.prompt) + each.sampling.max_tokens for each in schedule.requests)
     num_blocks = max(schedule.num_blocks, 2 * (longest // schedule.engine["block_size"] + 2))
-    return replace(schedule, faults=faults, weather=weather, wires_break=wires_break, num_blocks=num_blocks)
+    return replace(schedule, num_blocks=num_blocks)
 
 
 def _with_changes(schedule: Schedule) -> Schedule:

@@ -66,7 +66,9 @@ async def assert_all_blocks_come_back(fleet: RunningFleet) -> None:
 
 async def test_models_completions_and_chat(client: openai.AsyncOpenAI) -> None:
     assert [model.id for model in (await client.models.list()).data] == [MODEL]
-    completion = await client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=5)
+    completion = await client.completions.create(
+        model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=5
+    )
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 5
     chat = await client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=32)

@@ -49,6 +49,17 @@ def _is_free() -> bool:
     return threading.current_thread() is threading.main_thread() and asyncio._get_running_loop() is None
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Have the signals afterwards mean what they did before: a loop that watched for one leaves it to the system."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Place:
     """A folder with fleet files, run directories of its own, and a mark on every process that belongs to it."""
 
@@ -96,7 +107,12 @@ class Place:
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command as ``callboard`` does, but in this process: a process for each would take half a minute."""
-        with pytest.MonkeyPatch.context() as patch, TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            _own_signals(),
+            TemporaryFile("w+") as out,
+            TemporaryFile("w+") as errors,
+        ):
             for name in os.environ.keys() | self.env.keys():
                 patch.delenv(name, raising=False)
             for name, value in self.env.items():
@@ -107,6 +123,8 @@ class Place:
                     code: Any = main(words)
                 except SystemExit as ended:
                     code = ended.code
+            if code == 130:
+                raise KeyboardInterrupt  # It was this process that was told to end.
             texts = [(file.flush(), file.seek(0), file.read())[2] for file in (out, errors)]
         return subprocess.CompletedProcess(words, code, *texts)
 
