@@ -303,6 +303,9 @@ class Generate(Stream[Token], frozen=True):
 
 ATTEMPTS_EACH = 65_536
 """Numbers of attempts that each router a request is asked of has for itself."""
+FIRST_DIRECT_ATTEMPT = 1 << 40
+"""Attempts that no router makes (MLC-LLM's REST) are numbered from here on: no router's get so far, whose ids may be
+the same."""
 
 
 class SubRequest(Message, frozen=True):

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -218,10 +218,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         try:
             dead = set(self.corpses)
             tasks = sorted((task for task in asyncio.all_tasks(self) if task not in dead), key=hash)
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            while tasks:
+                for task in tasks:
+                    task.cancel()
+                with suppress(KeyboardInterrupt):  # It leaves the loop anew by each task that waits for the one it hit.
+                    self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+                tasks = [task for task in tasks if not task.done()]
             if not dead:
                 self.run_until_complete(self.shutdown_asyncgens())
             dead.clear()  # Nothing must hold them when they are buried.

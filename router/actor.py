@@ -137,6 +137,8 @@ def _check(message: Generate) -> None:
     """Raise BadRequest for what is no request, before a script is blamed for it."""
     if len(message.prompt) % TOKEN_BYTES:
         raise BadRequest(reason=f"a prompt of {len(message.prompt)} bytes holds no whole number of int32 ids")
+    if not message.prompt:
+        raise BadRequest(reason="the prompt is empty")
     if len(message.request_id) > MOST_ID:
         raise BadRequest(reason=f"a request id of {len(message.request_id)} characters is longer than {MOST_ID}")
     if not 0 <= message.num_output_tokens < max(1, num_tokens(message.prompt)):

@@ -181,8 +181,11 @@ class Attempt:
     # ---- reservations
 
     def took(self, addr: KvAddr) -> None:
-        """Note a reservation that must come back."""
-        self._reservations[_key(addr)] = addr
+        """Note a reservation that must come back: at once if the attempt is over, and only a task was left behind."""
+        if self._is_closed:
+            self.spawn_detached(self.send_release(addr))
+        else:
+            self._reservations[_key(addr)] = addr
 
     def adopted(self, addr: KvAddr) -> None:
         """Note that an engine has the reservation's blocks now: there is nothing left to release."""

@@ -98,4 +98,4 @@ class _Listener:
 
 
 def _is_same(one: Entry, other: Entry) -> bool:
-    return (one.address, one.pid) == (other.address, other.pid)
+    return (one.address, one.started) == (other.address, other.started)

@@ -9,7 +9,7 @@ from typing import Self
 import msgspec
 
 from callboard.actors.protocol import Entry, StartGenerate, Token, Usage
-from callboard.bus import BusError
+from callboard.bus import BusError, LinkLost
 from callboard.kv.tokens import pack_tokens
 
 from .attempt import Attempt
@@ -83,7 +83,10 @@ class Generation:
             token = await self.read()
         except StopAsyncIteration:
             await self._end("it ended without a finished token")
-            raise
+            if self._is_finished:
+                raise
+            # What is lost on the way counts as a death, here as where a stream breaks: it is no fault of the script.
+            raise LinkLost(f"{self.entry.name} ended a stream before its last token") from None
         except BaseException as error:
             self.is_over = True
             self._forget()

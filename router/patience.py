@@ -64,7 +64,7 @@ class Patience:
     def _offered(self, request: Request) -> list[object]:
         now = self._clock.now()
         return [
-            (entry.name, entry.address, entry.manager, entry.pid, entry.roles)
+            (entry.name, entry.address, entry.manager, entry.started, entry.roles)
             for entry in self._view.entries("engine")
             if entry.model == request.model
             and entry.state == "ready"

@@ -74,6 +74,8 @@ class Recovery:
                         yield token
                 return
             except NoEngine:
+                if is_finished:
+                    return
                 patience = self._after(num_before, patience)
                 if not await patience.waits_for_engine(request, is_retry=self._is_retry):
                     raise
@@ -91,6 +93,8 @@ class Recovery:
                         raise
                 self._again(repr(error), request)
             except OutOfBlocks as error:
+                if is_finished:
+                    return
                 patience = self._after(num_before, patience)
                 # Before the first token that is an answer. Who has begun is not sent away because others came.
                 if not (self._sent or request.num_output_tokens) or not await patience.pauses(request):

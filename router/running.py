@@ -18,7 +18,7 @@ from .fleet import Fleet
 from .patience import Patience
 from .request import Request
 from .script import Script
-from .script_trace import first_cause, in_one_line, line_in, trace_of
+from .script_trace import first_cause, in_one_line, is_being_cancelled, line_in, trace_of
 from .shared import Shared
 from .swap.routes import Routes
 from .watching import Watching
@@ -75,7 +75,10 @@ async def run_script(
             num_tokens = position - first
             what = f"ended after {num_tokens} tokens, none of which was the last" if num_tokens else "yielded nothing"
             raise _broke_rule(script, route, f"route {what}", "Yield every token of start_generate, to its end")
-    except (Exception, SystemExit) as error:  # A script's exit() ends its request, not the fleet.
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        # A script's exit() ends its request, not the fleet; and what it waits for may be cancelled without the request.
+        if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
+            raise
         verdict = _verdict(script, fleet, request, error)
         error_words = words_of(verdict)[:MOST_ERROR]
         failure = fault_in(verdict, error, attempt, script)
@@ -99,7 +102,7 @@ async def run_script(
             )
 
 
-def _verdict(script: Script, fleet: Fleet, request: Request, error: Exception | SystemExit) -> Exception:
+def _verdict(script: Script, fleet: Fleet, request: Request, error: BaseException) -> Exception:
     """Return what a failure of the script is to its client."""
     cause = first_cause(error)
     if isinstance(cause, NoEngine):
@@ -112,7 +115,12 @@ def _verdict(script: Script, fleet: Fleet, request: Request, error: Exception | 
     log.error("script %s failed: %s", script.name, in_one_line(trace), exc_info=error, extra={"request_id": request.id})
     if isinstance(cause, ScriptError):
         return cause
-    reason = str(cause) if isinstance(cause, BadRange) else f"route raised {type(cause).__name__}: {cause}"
+    if isinstance(cause, BadRange):
+        reason = str(cause)
+    elif isinstance(cause, asyncio.CancelledError):
+        reason = "route waited for a task that was cancelled"
+    else:
+        reason = f"route raised {type(cause).__name__}: {cause}"
     return ScriptError(file=script.path, line=line_in(script.path, cause), reason=reason, remedy="")
 
 

@@ -67,7 +67,7 @@ def find_script(where: str) -> Path:
     if path.is_file():
         return path
     near = difflib.get_close_matches(where, names, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"Did you mean {near[0]!r}? " if near else ""
     remedy = f"{hint}Give a path, or one of {', '.join(names)}"
     raise ScriptError(file=where, line=None, reason="there is no such script", remedy=remedy)
 

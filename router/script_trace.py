@@ -1,5 +1,6 @@
 """Where in a script something went wrong: its own frames, with the source as it was loaded, before all others."""
 
+import asyncio
 import traceback
 
 from callboard.actors.route_protocol import MOST_TEXT
@@ -44,6 +45,12 @@ def trace_of(path: str, source: str, error: BaseException) -> str:
     last = chain[0]
     words = str(last) if isinstance(last, ScriptError) else words_of(last)
     return "\n".join([*found, words])[:MOST_TEXT]
+
+
+def is_being_cancelled() -> bool:
+    """Return whether the present task is cancelled from outside, and not just by what it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def in_one_line(trace: str) -> str:

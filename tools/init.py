@@ -7,7 +7,7 @@ from pathlib import Path
 from .default_fleet import default_fleet
 from .endpoints import IPC
 from .errors import CliError
-from .fleet_check import check_fleet, engine_names
+from .fleet_check import check_fleet, engine_names, router_names
 from .fleet_file import load_fleet_file
 
 
@@ -42,7 +42,8 @@ def run_check(arguments: argparse.Namespace) -> int:
             where = f" of host {engine.host}" if engine.host else ""
             print(f"  engine   {name} on {engine.device}{where}, {' and '.join(engine.roles)}")
     for router in fleet.router:
-        print(f"  router   {router.name} runs {router.script}")
+        for name in router_names(router):
+            print(f"  router   {name} runs {router.script}")
     for actor in fleet.actor:
         print(f"  actor    {actor.name} is {actor.class_path}")
     return 0

@@ -63,7 +63,9 @@ class Row(msgspec.Struct, frozen=True):
     @property
     def role(self) -> str:
         """What it is, for people; an engine without roles of its own takes both."""
-        roles = "" if len(self.roles) != 1 else f" ({self.roles[0]})"
+        roles = (
+            "" if set(self.roles) <= {"prefill", "decode"} and len(self.roles) != 1 else f" ({', '.join(self.roles)})"
+        )
         return self.kind.replace("_", " ") + roles
 
     @property

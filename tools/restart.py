@@ -17,8 +17,11 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.node
     if not arguments.now:
         entries = entries_of(fleet)
-        if any(entry.name == name and entry.kind == "kv_manager" for entry in entries):
+        kind = next((entry.kind for entry in entries if entry.name == name), "")
+        if kind == "kv_manager":
             raise CliError(f"{name} is a KV manager, and its cache would be lost: restart it with --now")
+        if kind == "router":
+            raise CliError(f"{name} is a router, which is not drained: restart it with --now")
         engine_named(fleet, name, entries)
     launcher = launcher_of(fleet, name)
     if launcher is None:

@@ -43,7 +43,9 @@ def add(command: Command) -> None:
         "callboard restart decode-0\ncallboard restart decode-0 --now     without draining: its requests are recovered",
         "restart:run",
     )
-    restart.add_argument("node", metavar="NAME", help="an engine; with --now also a KV manager or an actor of yours")
+    restart.add_argument(
+        "node", metavar="NAME", help="an engine; with --now also a KV manager, a router or an actor of yours"
+    )
     restart.add_argument("--now", action="store_true", help="do not drain it before")
     _options(restart)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from callboard.actors.protocol import Entry, KvAddr, PrepRecv, Release, Reserved
+from callboard.actors.protocol import FIRST_DIRECT_ATTEMPT, Entry, KvAddr, PrepRecv, Release, Reserved
 from callboard.actors.registration import DirectoryView
 from callboard.bus import BusError, Ref
 
@@ -19,8 +19,6 @@ from .errors import RETRY_AFTER_S, ApiError
 from .microserving_held import Held, HeldReservations
 from .requests import CompletionRequest, decoding
 
-FIRST_ATTEMPT = 1 << 40
-"""Attempts of this door's requests are numbered from here on: no router's get so far, whose ids may be the same."""
 RELEASE_S = 2.0
 """Limit of a release: the lease on the reservation ends it anyway."""
 ABANDON_S = 1.0
@@ -50,7 +48,7 @@ class EngineDoor:
         self.held = HeldReservations()
         self._view = view
         self._spawn = spawn
-        self._attempts = count(FIRST_ATTEMPT)
+        self._attempts = count(FIRST_DIRECT_ATTEMPT)
 
     def engine(self, name: str, *, is_new: bool = True) -> Entry:
         """Return a ready engine; one that is being emptied takes nothing new. Raises ApiError (404, 503)."""

@@ -112,6 +112,8 @@ class HeldReservations:
 
     def forget(self, held: Held) -> None:
         """Take one out. A repeat does nothing."""
-        self._by_id.pop((held.kv.epoch, held.kv.reservation_id), None)
+        key = held.kv.epoch, held.kv.reservation_id
+        if self._by_id.get(key) is held:  # Else a repeated prep_recv stands for it by now.
+            del self._by_id[key]
         if self._by_key.get(held.key) is held:
             del self._by_key[held.key]

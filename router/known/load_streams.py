@@ -61,4 +61,4 @@ class LoadStreams:
 
 
 def _is_same(one: Entry, other: Entry) -> bool:
-    return (one.address, one.pid) == (other.address, other.pid)
+    return (one.address, one.started) == (other.address, other.started)

@@ -7,6 +7,7 @@ other. Where no reports come, the directory's view stands in, which is older and
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -40,9 +41,14 @@ class _Reported:
         self.foreign: dict[str, None] = {}
         """Of these, the ones that were not this router's when they came."""
 
-    @property
-    def num_others(self) -> int:
-        return sum(self.present[request_id] for request_id in self.foreign)
+    def num_others(self, own: Mapping[str, object]) -> int:
+        # One that another router had first, and that has come to this one since, is counted as our own.
+        return sum(self.present[request_id] for request_id in self.foreign if request_id not in own)
+
+    def copy(self) -> "_Reported":
+        other = _Reported()
+        other.load, other.present, other.foreign = self.load, dict(self.present), dict(self.foreign)
+        return other
 
 
 class Loads:
@@ -111,7 +117,7 @@ class Loads:
         reported = self._reported.get(entry.name)
         load, others = entry.load, self._others.get(entry.name, 0)
         if reported is not None:
-            load, others = reported.load, reported.num_others
+            load, others = reported.load, reported.num_others(own)
         total = others + sum(each.num_picks for each in own.values())
         num_running = min(load.num_running, total)
         num_tokens = sum(each.num_tokens for each in own.values())
@@ -160,9 +166,17 @@ class Loads:
 
     def copy(self) -> "Loads":
         """Return loads as they are now, which change for themselves from now on."""
+        # Once for each request with a shadow, while it waits: deepcopy takes milliseconds where some hundreds run.
         other = Loads()
         for name, value in vars(self).items():
-            setattr(other, name, copy.deepcopy(value) if name in ("_own", "_reported") else copy.copy(value))
+            setattr(other, name, copy.copy(value))
+        other._own = {
+            engine: {
+                request_id: _Own(own.num_picks, own.num_tokens, own.num_decodes) for request_id, own in requests.items()
+            }
+            for engine, requests in self._own.items()
+        }
+        other._reported = {engine: reported.copy() for engine, reported in self._reported.items()}
         return other
 
     # ---- suspects ------------------------------------------------------------------------------------------------
@@ -174,5 +188,5 @@ class Loads:
     def suspected_until(self, entry: Entry, now: float) -> float | None:
         """Return until when the engine is not to be offered, None if it may be."""
         suspect, until = self._suspects.get(entry.name, (entry, 0.0))
-        is_same = (suspect.address, suspect.manager, suspect.pid) == (entry.address, entry.manager, entry.pid)
-        return until if is_same and now < until else None
+        is_same = (suspect.address, suspect.manager, suspect.started) == (entry.address, entry.manager, entry.started)
+        return until if is_same and now < until else None  # Another start of it is not suspected.

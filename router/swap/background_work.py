@@ -16,7 +16,7 @@ from callboard.router.errors import ScriptError
 from callboard.router.fleet import Fleet
 from callboard.router.request import Request
 from callboard.router.script import Script
-from callboard.router.script_trace import first_cause, in_one_line, trace_of
+from callboard.router.script_trace import first_cause, in_one_line, is_being_cancelled, trace_of
 from callboard.router.shared import Shared
 
 log = logging.getLogger("callboard.router")
@@ -87,7 +87,9 @@ class _Rounds:
                 if work.every_s is None:
                     return
                 await clock.sleep(work.every_s)
-            except (Exception, SystemExit) as error:
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and (self._is_over or is_being_cancelled()):
+                    raise
                 self._failed(error)
                 await clock.sleep(retry_s * self._shared.node.rng.uniform(0.75, 1.25))
                 retry_s = min(2 * retry_s, LAST_RETRY_S)

@@ -113,7 +113,7 @@ class RouteChanges(Actor):
             loaded = pending.loading.result()
         if pending is None or not isinstance(loaded, dict):
             raise RouteRefused(reason="this change is not prepared here, or not any more")
-        self._pending = None
+        self._pending, self._problem = None, ""
         self.routes.apply(pending.change, loaded)
         return Done()
 
@@ -145,9 +145,13 @@ class RouteChanges(Actor):
             self._pending = None
             pending.loading.cancel()
 
+    def _is_open_to_strangers(self) -> bool:
+        # A script runs as the fleet's user: who may set one must not be anybody who can reach a port. That holds for
+        # who says that he is a router of the fleet, too.
+        return self.node.endpoint.startswith("tcp:") and self.node.keys is None
+
     def _refuse_strangers(self) -> None:
-        # A script runs as the fleet's user: who may set one must not be anybody who can reach a port.
-        if self.node.endpoint.startswith("tcp:") and self.node.keys is None:
+        if self._is_open_to_strangers():
             what = "the bus of this fleet has no keys, and whoever can reach it could run code in it"
             raise RouteRefused(reason=f'{what}: run "callboard keys new keys", and write keys = "keys" under [listen]')
 
@@ -187,7 +191,7 @@ class RouteChanges(Actor):
 
     async def _catch_up_at_start(self) -> None:
         """Take over what other routers run, before anybody is served; in vain if nobody can be asked in time."""
-        if self.directory is None:
+        if self.directory is None or self._is_open_to_strangers():
             return
         try:
             async with asyncio.timeout(START_S):
@@ -200,6 +204,8 @@ class RouteChanges(Actor):
             log.warning("other routers do not say what they run: starting with %s", self.routes.active.name)
 
     def _find_newer(self) -> list[Entry]:
+        if self._is_open_to_strangers():
+            return []
         return [
             entry
             for entry in self.view.entries("router")

@@ -49,7 +49,10 @@ class Swapped:
 
 
 async def look_at(node: Node, targets: Sequence[Target]) -> list[Routes]:
-    """Return what the routers run, once they agree on the newest change. Raises RouteRefused."""
+    """Return what the routers run, once they agree on the newest change. Raises RouteRefused.
+
+    One that says why it cannot take that one over is not waited for: only another change leads out of there.
+    """
     until = node.clock.now() + SETTLE_S
     while True:
         reports = [await _ask(target, GetRoutes(with_sources=True)) for target in targets]
@@ -57,16 +60,14 @@ async def look_at(node: Node, targets: Sequence[Target]) -> list[Routes]:
         if not behind:
             return reports
         if node.clock.now() >= until:
-            why = next((each.problem for each in reports if each.router in behind and each.problem), "")
-            reason = f"router {', '.join(behind)} has not taken over the last change yet"
-            raise RouteRefused(reason=f"{reason}: {why or 'try again'}")
+            raise RouteRefused(reason=f"router {', '.join(behind)} has not taken over the last change yet: try again")
         await node.clock.sleep(PAUSE_S)
 
 
 def _behind(reports: Sequence[Routes]) -> list[str]:
     newest = max(reports, key=lambda each: each.change.age).change
     meant = [each for each in reports if not newest.routers or each.router in newest.routers]
-    return [each.router for each in meant if each.change.age != newest.age]
+    return [each.router for each in meant if each.change.age != newest.age and not each.problem]
 
 
 async def swap(node: Node, targets: Sequence[Target], decide: Decide) -> Swapped:
@@ -89,7 +90,9 @@ async def swap(node: Node, targets: Sequence[Target], decide: Decide) -> Swapped
         failed = await _still_without(node, [target for target in targets if target.name in failed], change, failed)
     if len(failed) == len(targets):
         name, error = next(iter(failed.items()))
-        raise RouteRefused(reason=f"router {name} did not take it: {error}; nothing was changed")
+        is_refused = all(isinstance(each, RouteRefused) for each in failed.values())
+        then = "nothing was changed" if is_refused else 'whether it was, "callboard route show" tells'
+        raise RouteRefused(reason=f"router {name} did not take it: {error}; {then}")
     return Swapped(change, tuple(failed))
 
 

@@ -93,6 +93,7 @@ async def test_clients_that_do_not_read_are_cut_off_and_slow_nobody(fleet: RealF
 
         async def ask() -> None:
             reply = await http.post("/v1/completions", json={**ASKED, "max_tokens": 50})
+            assert reply.status_code == 200, reply.text
             assert reply.json()["usage"]["completion_tokens"] == 50
 
         slow = [
@@ -112,8 +113,10 @@ async def test_clients_that_do_not_read_are_cut_off_and_slow_nobody(fleet: RealF
             assert read.startswith(b"HTTP/1.1 200 OK")
             assert read.count(b"data: ") < ENDLESS / 2
             assert b"[DONE]" not in read
-            [span] = await spans_of(fleet, f"slow-{number}")
+            *before, span = await spans_of(fleet, f"slow-{number}")
             assert span.error == "cancelled"
+            # On a busy machine its engine may have been out of reach for a while; it is not asked twice for less.
+            assert all(each.error.startswith("LinkLost") for each in before), before
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -41,7 +41,7 @@ SETTLE_S = 700.0
 LONGEST_LINE = 4096
 MOST_PASSES = 20_000
 """Of the loop, for one burst or one round of honest questions."""
-EXPECTED_ERRORS = ("script %s failed",)
+EXPECTED_ERRORS = ("script %s failed: %s",)
 """Logged as errors, but of a router script whose engine lied to it; no actor suffers."""
 
 

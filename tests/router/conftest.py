@@ -95,6 +95,8 @@ class NotingEngine(Actor):
         self.token_s = 0.001
         self.error: Exception | None = None
         self.fails_at = 0
+        self.ends_at = -1
+        """Before this position its streams end without a word."""
         self.num_open = 0
         self.registration: Registration
 
@@ -115,6 +117,8 @@ class NotingEngine(Actor):
             for position in range(message.num_output_tokens, message.sampling.max_tokens):
                 if self.error is not None and position == self.fails_at:
                     raise self.error
+                if position == self.ends_at:
+                    return
                 await self.node.clock.sleep(self.token_s)
                 is_last = position + 1 == message.sampling.max_tokens
                 usage = Usage(num_tokens(message.prompt), 3, 1, 0, 0.0, 0.0, 0.0) if is_last else None

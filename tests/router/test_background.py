@@ -58,6 +58,16 @@ async def test_it_is_started_again_after_an_exception_later_each_time(one, caplo
     assert (await look(one)).change.what == "set"  # No request failed by it.
 
 
+async def test_what_it_waits_for_may_be_cancelled_and_it_is_started_again(one):
+    body = "    task = asyncio.ensure_future(asyncio.sleep(9.0))\n    task.cancel()\n    await task\n"
+    await set_script(one, text_of(EVERY + body + ROUTE))
+    await asyncio.sleep(20.0)
+    (report,) = await reports(one)
+    assert report.num_runs == report.num_failures
+    assert 4 <= report.num_runs <= 6
+    assert "in work: await task" in report.last_error
+
+
 @pytest.mark.parametrize("ends", ["by itself", "with its version", "with an error", "with the router"])
 async def test_what_it_reserved_is_given_back_however_it_ends(one, ends):
     body = {

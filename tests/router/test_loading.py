@@ -81,7 +81,7 @@ def test_an_option_without_annotation_has_the_type_of_its_default(tmp_path):
 
 
 def test_a_script_that_is_not_there_is_named_with_what_is():
-    with pytest.raises(ScriptError, match=r"did you mean 'balanced'.*round_robin"):
+    with pytest.raises(ScriptError, match=r"Did you mean 'balanced'.*round_robin"):
         load_script("ballanced")
 
 

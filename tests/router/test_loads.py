@@ -199,3 +199,16 @@ def test_routers_agree_with_the_engine_whatever_comes_late():
             world.give_back(request_id)
         world.settle()
         assert [total(loads) for loads in world.routers.values()] == [0, 0]
+
+
+def test_a_request_that_comes_from_a_router_that_died_is_counted_once():
+    loads = Loads()
+    loads.take_report("e", report("r", running=1))
+    loads.take("e", "r")
+    assert total(loads) == 1
+    loads.take_report("e", report("r", running=2))
+    loads.take_report("e", report(ended=("r",), running=1))
+    assert total(loads) == 1
+    loads.give_back("e", "r")
+    loads.take_report("e", report(ended=("r",)))
+    assert total(loads) == 0

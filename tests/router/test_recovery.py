@@ -170,3 +170,29 @@ async def route(request: Request, fleet: Fleet):
     assert await fleet.generate() == [100, 101, 102]
     assert sum(len(engine.calls) for engine in fleet.engines.values()) == 1
     assert fleet.is_clean()
+
+
+@pytest.mark.parametrize("error", ["OutOfBlocks(needed=2, free=1)", "NoEngine(model='m', role='x', known='')"])
+async def test_neither_is_a_full_pool_or_a_lack_of_engines(fleet, write_script, error):
+    script = write_script(
+        f"""
+async def route(request: Request, fleet: Fleet):
+    async for token in least_loaded(fleet.engines).start_generate(request):
+        yield token
+    raise {error}
+"""
+    )
+    await two(fleet, script)
+    assert await fleet.generate() == [100, 101, 102]
+    assert sum(len(engine.calls) for engine in fleet.engines.values()) == 1
+    assert fleet.is_clean()
+
+
+@pytest.mark.parametrize("ends_at", [0, 1, 3])
+async def test_a_stream_that_ends_without_its_last_token_goes_on_as_after_a_death(fleet, ends_at):
+    await two(fleet)
+    fleet.engines["a"].ends_at = ends_at
+    assert await fleet.generate(max_tokens=5) == [100, 101, 102, 103, 104]
+    assert [len(engine.calls) for engine in fleet.engines.values()] == [1, 1]
+    assert sum(each.num_failures for each in fleet.router.routes.report().versions) == 0
+    assert fleet.is_clean()

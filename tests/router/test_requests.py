@@ -348,3 +348,28 @@ def test_the_record_is_bounded():
         spans.add(SubRequest(f"r{number}", "prep_recv", "a", 0.0, 1.0))
     assert len(spans) == 3
     assert [s.request_id for s in spans.of_last(20)] == ["r7", "r8", "r9"]
+
+
+async def test_what_a_task_that_was_left_behind_reserves_is_given_back(fleet, write_script):
+    body = """
+async def route(request: Request, fleet: Fleet):
+    asyncio.get_running_loop().left_behind = asyncio.ensure_future(reserve(fleet.engines[0], request))
+    async for token in least_loaded(fleet.engines).start_generate(request):
+        yield token
+
+async def reserve(engine, request):
+    await engine.prep_recv(request)
+"""
+    await fleet.add_two(write_script(body))
+    for manager in fleet.managers.values():
+        manager.reserve_s = 0.5
+    assert await fleet.generate() == [100, 101, 102]
+    await fleet.settle()
+    assert fleet.is_clean()
+
+
+async def test_a_request_without_a_prompt_is_refused_before_a_script_is_blamed_for_it(fleet):
+    await fleet.add_two("adaptive")
+    with pytest.raises(BadRequest, match="the prompt is empty"):
+        await fleet.generate(prompt=0)
+    assert fleet.is_clean()

@@ -27,6 +27,10 @@ from callboard.router import ScriptError
             "route yielded a token after the last one",
         ),
         ("    yield Token(0, 1)\n    {}['x']\n", "script.py:6: route raised KeyError"),
+        (
+            "    task = asyncio.ensure_future(asyncio.sleep(9.0))\n    task.cancel()\n    await task\n    yield\n",
+            "script.py:7: route waited for a task that was cancelled",
+        ),
     ],
 )
 async def test_a_script_that_breaks_a_rule_is_told_so_and_the_fleet_lives_on(fleet, write_script, body, words):

@@ -3,11 +3,15 @@
 import asyncio
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from swapping import FAILING, add_router, ask, change, changer, look, served, set_script, targets, text_of, to, visitor
 
-from callboard.actors.route_protocol import ActivateRoute, DropRoute, PrepareRoute
-from callboard.bus import BusError
+from callboard.actors.actor import Actor
+from callboard.actors.protocol import Entry
+from callboard.actors.registration import Registration
+from callboard.actors.route_protocol import ActivateRoute, Current, DropRoute, GetChange, PrepareRoute, RouteChange
+from callboard.bus import BusError, LinkLost
 from callboard.router import ScriptError
 from callboard.router.errors import RouteRefused
 from callboard.router.swap.swap import look_at, swap
@@ -236,3 +240,67 @@ async def test_a_swap_that_is_given_up_while_it_prepares_leaves_nothing(three):
     await asyncio.wait([task])
     await set_script(three.fleet, to("b"), *three.routers)
     assert await names_of(three) == ["to_b"] * 3
+
+
+async def test_a_router_that_cannot_load_what_the_others_run_is_led_out_by_another_change(three):
+    first, second, _ = three.routers
+
+    def lacks(made, loading=second.routes.load):
+        if made.active.name == "to_b":  # As on a machine without a module of it.
+            raise ScriptError(file=made.active.path, line=1, reason="no module", remedy="")
+        return loading(made)
+
+    second.routes.load = lacks
+    await set_script(three.fleet, to("b"), first)
+    await asyncio.sleep(3.0)
+    assert await names_of(three) == ["to_b", "least_loaded", "to_b"]
+    assert "cannot be loaded here" in (await look(three.fleet, second)).problem
+    await set_script(three.fleet, to("a"), *three.routers)
+    assert await names_of(three) == ["to_a"] * 3
+    assert (await look(three.fleet, second)).problem == ""
+
+
+async def test_where_it_is_not_known_whether_a_change_was_taken_nobody_says_that_it_was_not(three):
+    first = three.routers[0]
+
+    def take_and_die(made, loaded, taking=first.routes.apply):
+        taking(made, loaded)
+        three.dying = asyncio.ensure_future(stop(three, "node-r1"))
+        raise LinkLost("its answer is lost")
+
+    first.routes.apply = take_and_die
+    with pytest.raises(RouteRefused, match=r"router r1 did not take it: .*callboard route show"):
+        await set_script(three.fleet, to("a"), first)
+    await three.dying
+
+
+class Impostor(Actor):
+    """Says in the directory that it is a router, and that it runs something new."""
+
+    def __init__(self, made):
+        self.made = made
+
+    async def start(self):
+        detail = {"epoch": str(self.made.epoch), "change": self.made.id}
+        self.registration = Registration(self, Entry(self.name, "router", self.ref.address, detail=detail))
+
+    def on_get_change(self, message: GetChange) -> Current:
+        return Current(self.made)
+
+
+@pytest.mark.parametrize("is_at_start", [True, False])
+async def test_nothing_is_taken_over_by_a_bus_that_anybody_can_reach(fleet, tmp_path, is_at_start):
+    await fleet.add_engine("a")
+    fleet.nodes["control"].endpoint = "tcp://127.0.0.1:7000"
+    ran = tmp_path / "ran"
+    text = text_of(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n{to('a').source}")
+    made = RouteChange(9, "x", "set", msgspec.structs.replace(text, number=9))
+    if not is_at_start:
+        await fleet.add_router("least_loaded")
+    await fleet.start(await fleet.node("stranger"), "stranger", Impostor(made), fleet.directory)
+    await asyncio.sleep(3.0)
+    if is_at_start:
+        await fleet.add_router("least_loaded")
+    assert await ask(fleet.router, "r") == [100, 101]
+    assert (await look(fleet)).change.active.name == "least_loaded"
+    assert not ran.exists()

@@ -86,6 +86,8 @@ class Served:
         self.running = running
         self.url = url
         self.answers: list[Answer] = []
+        self.seen: dict[str, dict[str, str]] = {}
+        """The states of processes and actors, as they were looked at last."""
 
     def pid(self, node: str) -> int:
         """Return the pid of a node's process now, 0 while there is none."""
@@ -99,13 +101,15 @@ class Served:
         assert state is not None, "the fleet has ended"
         nodes = {node.name: node.state for node in state.nodes}
         entries = {entry.name: entry for entry in list_entries(self.running)}
+        self.seen = {"processes": nodes, "actors": {entry.name: entry.state for entry in entries.values()}}
         return all(name in entries and entries[name].state == "ready" and nodes[name] == "ready" for name in names)
 
     async def until_ready(self, *names: str) -> None:
         """Wait until all these engines and KV managers are ready."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not await asyncio.to_thread(self._are_ready, names):
-                await asyncio.sleep(0.05)
+        ends = time.monotonic() + PATIENCE_S
+        while not await asyncio.to_thread(self._are_ready, names):
+            assert time.monotonic() < ends, f"not all of {names} came back: {self.seen}"
+            await asyncio.sleep(0.05)
 
     async def ask(self, http: httpx.AsyncClient, answer: Answer) -> Answer:
         """Stream one completion and note what comes."""

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from served_fleet import ServedFleet
 
+from callboard.tools.ps import Row
 from callboard.tools.units import format_count, format_span
 
 Eventually = Callable[..., None]
@@ -44,6 +45,20 @@ def test_ps_shows_roles_uptime_load_blocks_lanes_and_the_script_in_120_columns(
         assert re.fullmatch(rf"{name} kv manager ready {up} {numbers}{lane}", shown[name])
     wide = place.callboard("ps", "test", "--wide").stdout
     assert all(f"{row['pid']} " in wide and row["address"] in wide for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ((), "engine"),
+        (("prefill", "decode"), "engine"),
+        (("decode",), "engine (decode)"),
+        (("reviewer", "decode"), "engine (reviewer, decode)"),
+    ],
+)
+def test_labels_of_an_engine_are_shown(roles: tuple[str, ...], words: str) -> None:
+    row = Row("e", "engine", roles, "tiny", "ready", 1, 0, 0, 0, None, None, "", "")
+    assert row.role == words
 
 
 def test_ps_json_has_everything_of_an_engine_and_a_manager(fleet: ServedFleet, eventually: Eventually) -> None:

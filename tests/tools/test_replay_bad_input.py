@@ -53,7 +53,7 @@ def recorded(recordings: dict[str, bytes]) -> bytes:
         (["cut.rec"], "are whole: --partial goes on with what is whole"),
         (["empty.rec"], "empty.rec has no request in it: there is nothing to replay"),
         (["none_kept.rec"], "was recorded without prompts"),
-        (["a.rec", "--router", "lest_loaded"], "there is no such script. did you mean 'least_loaded'?"),
+        (["a.rec", "--router", "lest_loaded"], "there is no such script. Did you mean 'least_loaded'?"),
         (
             ["a.rec", "--router", "balanced", "--set", "ration=0.3"],
             "route has no option 'ration'. Did you mean 'ratio'?",

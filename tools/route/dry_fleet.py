@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
@@ -32,6 +32,8 @@ BYTES_PER_S = 2e9
 BLOCK_SIZE = 16
 NUM_BLOCKS = 400
 START_S = 60.0
+OTHERS = "least_loaded"
+"""The script of routers that the one on trial hands requests on to."""
 SIMULATION = Simulation(
     seconds_per_step=5e-3, seconds_per_prefill_token=0.15e-3, seconds_per_decode=0.5e-3, vocab_size=32000
 )
@@ -92,13 +94,14 @@ class Run:
 class DryFleet:
     """Use as a context, on a virtual loop."""
 
-    def __init__(self, text: ScriptText, roles: list[str]) -> None:
+    def __init__(self, text: ScriptText, roles: list[str], routers: Iterable[str] = ()) -> None:
         self.path = text.path
         self.client: Node
         self.router: Ref
         self.engines = {f"{role}-{number}": role for role in roles for number in range(PER_ROLE)}
         self.managers: dict[str, Address] = {}
         self._text = text
+        self._routers = tuple(routers)
         self._runs: list[Run] = []
         self._actor: RouterActor
         self._hub = SimHub(1, weather=Weather(LATENCY_S, LATENCY_S), is_one_host=True)
@@ -129,6 +132,9 @@ class DryFleet:
             RouterActor.Config(script=text.path, options=text.options, deadline_s=DEADLINE_S, patience_s=5.0)
         )
         self._actor.routes.watcher = self._watch
+        for name in self._routers:  # Whom the script hands requests on to.
+            other = RouterActor.Config(name, OTHERS, deadline_s=DEADLINE_S, patience_s=5.0, is_inner=True)
+            await self._start(await self._node(name), name, RouterActor(other), directory)
         self.router = await self._start(control, "main", self._actor, directory)
         async with asyncio.timeout(START_S):
             await self._actor.view.wait_for(

@@ -6,6 +6,7 @@ wrong, reservations that it leaves behind, requests that never end or fail, engi
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from callboard.actors.route_protocol import ScriptText
 from callboard.bus import BusError
 from callboard.bus.testing import VirtualLoop
 from callboard.kv.tokens import pack_tokens
-from callboard.router.errors import NoEngine
+from callboard.router.errors import NoEngine, NoRouter
 
 from .dry_fleet import DEADLINE_S, MODEL, SIMULATION, DryFleet
 from .hanging import Hung, while_not_hung
@@ -27,6 +28,7 @@ T = TypeVar("T")
 MOST_STEPS = 200_000
 """Of the loop, of which a dry run takes some 7,000: one that goes round in circles takes no time on a virtual clock."""
 MOST_ROLES = 4
+MOST_ROUTERS = 2
 MOST_NAMED = 3
 DEATH_AFTER = 10
 """Tokens of the request whose engine dies."""
@@ -68,19 +70,22 @@ class Outcome:
 
 def dry_run(text: ScriptText) -> Outcome:
     """Try a script that loads. Raises ScriptError."""
-    roles = ["prefill", "decode"]
+    roles, routers = ["prefill", "decode"], list[str]()
     while True:
         try:
             with _without_logs(), while_not_hung(text.path):
-                outcome, lacking = _run_virtual(lambda: _try(text, roles))
+                outcome, lacking = _run_virtual(lambda: _try(text, roles, routers))
         except Hung as hung:
-            what = f"{text.path}:{hung.line}: it keeps the router from everything else here, and never awaits anything"
-            return Outcome((), (), (what,))
+            why = "for seconds: await what takes long" if hung.has_blocked else "and never awaits anything"
+            return Outcome((), (), (f"{text.path}:{hung.line}: it keeps the router from everything else here, {why}",))
         except RuntimeError as error:  # Of the virtual loop: nothing can happen any more, or it goes round.
             return Outcome((), (), (f"{text.path}: {error}",))
-        if lacking is None or lacking in roles or len(roles) >= MOST_ROLES:
+        if isinstance(lacking, NoEngine) and lacking.role and lacking.role not in roles and len(roles) < MOST_ROLES:
+            roles.append(lacking.role)  # A label of the fleet that it is written for.
+        elif isinstance(lacking, NoRouter) and lacking.name not in routers and len(routers) < MOST_ROUTERS:
+            routers.append(lacking.name)
+        else:
             return outcome
-        roles.append(lacking)  # A label of the fleet that it is written for.
 
 
 def requests() -> list[list[Asked]]:
@@ -98,20 +103,32 @@ def requests() -> list[list[Asked]]:
     ]
 
 
-async def _try(text: ScriptText, roles: list[str]) -> tuple[Outcome, str | None]:
-    async with DryFleet(text, roles) as fleet:
+async def _try(text: ScriptText, roles: list[str], routers: list[str]) -> tuple[Outcome, NoEngine | NoRouter | None]:
+    """Return what became of it, and what the fleet lacks that the script asks for."""
+    async with DryFleet(text, roles, routers) as fleet:
         rows: list[Row] = []
         failed: dict[str, list[str]] = {}
-        lacking: str | None = None
+        lacking: NoEngine | NoRouter | None = None
         for group in requests():
             made = await asyncio.gather(*(_ask(fleet, asked, failed) for asked in group))
             rows += [row for row, _ in made]
-            lacking = lacking or next((role for _, role in made if role), None)
+            lacking = lacking or next((error for _, error in made if error), None)
         await asyncio.sleep(1.0)  # Until what is cancelled is given back.
-        problems = [f"{what}\n{_named(names)}" for what, names in failed.items()]
+        problems = [f"{what}\n{_named(names)}" for what, names in _merged(failed).items()]
         problems += await _left_behind(fleet)
         names = tuple(fleet.engines)
         return Outcome(names, tuple(rows), tuple(dict.fromkeys(problems))), lacking
+
+
+def _merged(failed: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return what failed at one place once, where its words differ in numbers alone."""
+    words: dict[tuple[str, str], str] = {}
+    merged: dict[str, list[str]] = {}
+    for what, names in failed.items():
+        place, _, last = what.rpartition("\n")
+        same = words.setdefault((place, re.sub(r"\d+", "0", last) if place else last), what)
+        merged.setdefault(same, []).extend(names)
+    return merged
 
 
 def _named(names: list[str]) -> str:
@@ -119,12 +136,13 @@ def _named(names: list[str]) -> str:
     return f"requests: {', '.join(shown)}{f', and {more} more' if more > 0 else ''}"
 
 
-async def _ask(fleet: DryFleet, asked: Asked, problems: dict[str, list[str]]) -> tuple[Row, str | None]:
+async def _ask(fleet: DryFleet, asked: Asked, problems: dict[str, list[str]]) -> tuple[Row, NoEngine | NoRouter | None]:
     clock, sampling = fleet.client.clock, SamplingParams(max_tokens=asked.num_tokens, ignore_eos=True)
     request_id = asked.name.replace(" ", "-")
     row = Row(asked.name, len(asked.prompt), asked.num_tokens)
     message = Generate(request_id, MODEL, pack_tokens(asked.prompt), sampling)
-    begin, lacking = clock.now(), None
+    begin = clock.now()
+    lacking: NoEngine | NoRouter | None = None
     got: list[int] = []
     try:
         async with fleet.router.stream(message, timeout=2 * DEADLINE_S) as tokens:
@@ -140,7 +158,7 @@ async def _ask(fleet: DryFleet, asked: Asked, problems: dict[str, list[str]]) ->
             problems.setdefault(f"{fleet.path}: tokens are wrong", []).append(asked.name)
     except BusError as error:
         row.is_failed = True
-        lacking = error.role if isinstance(error, NoEngine) else None
+        lacking = error if isinstance(error, NoEngine | NoRouter) else None
         what = f"{asked.name} (after {len(got)} of {asked.num_tokens} tokens)"
         words = (fleet.trace_of(request_id) or str(error)).replace(f"request {request_id}", "the request")
         problems.setdefault(words, []).append(what)

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from callboard.actors.protocol import ATTEMPTS_EACH
+from callboard.actors.protocol import ATTEMPTS_EACH, FIRST_DIRECT_ATTEMPT
 from callboard.bus.taps import SPAN
+from callboard.router.peer import HAND_ON_BITS
 from callboard.tools.units import format_size
 
 from .told import Reader, Told
@@ -70,8 +71,17 @@ def _end_of(facts: Facts) -> int | None:
 
 
 def _again(facts: Facts) -> str:
-    attempt = facts.get("attempt", 0)
-    return f" (attempt {attempt + 1})" if isinstance(attempt, int) and attempt > 0 else ""
+    words = _number_of(facts.get("attempt", 0))
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _number_of(number: Any) -> list[str]:
+    """Return what the number of an attempt says, beyond that it is the first one."""
+    if not isinstance(number, int) or not 0 < number < FIRST_DIRECT_ATTEMPT:
+        return []
+    router, attempt = divmod(number % (1 << HAND_ON_BITS), ATTEMPTS_EACH)  # Above: of who handed the request on.
+    after = [f"after {count(router, 'other router')}"] if router else []
+    return [*after, f"attempt {attempt + 1}"] if attempt else after
 
 
 def _waited(facts: Facts, *names: str) -> list[str]:
@@ -212,11 +222,8 @@ def _send(told: Told, reader: Reader) -> str:
 def _attempt(told: Told, reader: Reader) -> str:
     facts = told.facts
     why = ", ".join(f"{name[4:]}={_short(value)}" for name, value in facts.items() if name.startswith("why."))
-    number = facts.get("number", 0)
-    router, attempt = divmod(number, ATTEMPTS_EACH) if isinstance(number, int) and number > 0 else (0, 0)
-    after = f", after {count(router, 'other router')}" if router else ""
-    again = f", attempt {attempt + 1}" if attempt else ""
-    return f"ran script {facts.get('script', '?')}{after}{again}" + (f": {why}" if why else "")
+    words = ", ".join([f"ran script {facts.get('script', '?')}", *_number_of(facts.get("number", 0))])
+    return words + (f": {why}" if why else "")
 
 
 def _reroute(told: Told, reader: Reader) -> str:

@@ -5,7 +5,7 @@ call that only one side noted is there with that side's times, a span whose pare
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -285,11 +285,23 @@ def _error(http: Span | None, generates: list[Span], whole: list[Span]) -> str:
     return error or ("" if is_good or status is None else f"HTTP status {status}")
 
 
+def _outermost(spans: list[Span]) -> list[Span]:
+    """Return those inside of no other: what is done by a router that a script hands a request to is inside."""
+    inner = set(map(id, spans))
+    return [span for span in spans if not any(id(above) in inner for above in _above(span))]
+
+
+def _above(span: Span) -> Iterator[Span]:
+    while (parent := span.parent) is not None:
+        yield parent
+        span = parent
+
+
 def _summary(request_id: str, spans: list[Span], events: list[Event]) -> Story:
     roots = [span for span in spans if span.parent is None]
     http = next((span for span in spans if span.kind == "http"), None)
     calls = [span for span in spans if span.kind == "call" and not span.is_tell]
-    generates = [span for span in calls if span.name == "generate"]
+    generates = _outermost([span for span in calls if span.name == "generate"])
     is_under_way = any(span.end is None for span in generates)
     whole = [http] if http else generates if generates and not is_under_way else roots
     begin = min(span.begin for span in whole)
@@ -298,7 +310,7 @@ def _summary(request_id: str, spans: list[Span], events: list[Event]) -> Story:
     # A body that is sent whole does not say when its first token was there.
     streams = whole if http is None or http.facts.get("stream", True) else generates
     first = [span.first for span in streams if span.first] or [span.first for span in generates if span.first]
-    attempts = [span for span in spans if span.name == "attempt"]
+    attempts = _outermost([span for span in spans if span.name == "attempt"])
     facts: dict[str, Any] = {}
     notes: dict[str, str] = {}
     for attempt in attempts:

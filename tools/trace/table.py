@@ -21,7 +21,7 @@ COLORS = (39, 208, 77, 205, 178, 141, 44, 203, 113, 111, 215, 170)
 """Of the 256, such as are legible on dark and on light ground, and unlike their neighbours here."""
 TINY_S = 1e-3
 """Phases are shown from this length on,"""
-LOUD = frozenset(("http", "prefill", "decode", "compute", "attempt"))
+LOUD = frozenset(("http", "prefill", "decode", "compute", "attempt", "reroute"))
 """these however short,"""
 SMALL_S = 10e-3
 """and what a sub-request is made of from this length on."""

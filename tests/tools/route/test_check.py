@@ -121,6 +121,33 @@ def test_a_script_that_never_awaits_is_found(try_script, monkeypatch):
     assert problems[0].startswith("line ")
 
 
+def test_what_fails_everywhere_with_other_numbers_is_said_once(try_script):
+    body = (
+        "async def route(request, fleet):\n    await fleet.engines[0].prep_recv(request, end=request.num_tokens + 1)\n"
+    )
+    _, problems = try_script(f"{body}    yield\n")
+    assert len(problems) == 1
+    assert "BadRange: [0, 25) is no range of a prompt of 24 tokens" in problems[0]
+    assert "and 9 more" in problems[0]
+
+
+def test_a_script_that_blocks_is_found_without_waiting_for_its_end(try_script, monkeypatch):
+    monkeypatch.setattr("callboard.tools.route.hanging.MOST_BLOCKED_S", 0.2)
+    body = f"import time\n\nasync def route(request, fleet):\n    time.sleep(5.0)\n{ONE}        yield token\n"
+    _, problems = try_script(body)
+    assert problems == [f"{line(3)}: it keeps the router from everything else here, for seconds: await what takes long"]
+
+
+def test_ctrl_c_ends_a_check_without_a_word_of_tasks(tmp_path):
+    path = tmp_path / "mine.py"
+    body = "async def route(request, fleet):\n    if request.num_tokens == 700:\n        signal.raise_signal(2)\n"
+    path.write_text(f"import signal\n{HEAD}{body}{ONE}        yield token\n")
+    command = [sys.executable, "-m", "callboard.tools.cli", "route", "check", "--no-types", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.strip() == ""
+
+
 def test_a_script_that_never_loads_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("callboard.tools.route.hanging.MOST_CPU_S", 0.3)
     path = tmp_path / "mine.py"
@@ -144,6 +171,14 @@ def test_a_fleet_with_other_roles_is_made_for_a_script_that_asks_for_them(try_sc
     outcome, problems = try_script(body + "        yield token\n")
     assert problems == []
     assert outcome.engines[-2:] == ("reviewer-0", "reviewer-1")
+
+
+def test_a_fleet_with_other_routers_is_made_for_a_script_that_hands_requests_on(try_script):
+    body = "async def route(request, fleet):\n"
+    body += "    async for token in fleet.router('long').generate(request):\n        yield token\n"
+    outcome, problems = try_script(body)
+    assert problems == []
+    assert not any(row.is_failed for row in outcome.rows)
 
 
 def test_it_takes_the_same_way_every_time(try_script):

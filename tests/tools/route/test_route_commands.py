@@ -137,7 +137,7 @@ def test_one_router_is_changed_by_its_name(fleet):
     ("words", "sentence"),
     [
         (("set", "nothing.py"), "there is no such script"),
-        (("set", "balancd"), "did you mean 'balanced'?"),
+        (("set", "balancd"), "Did you mean 'balanced'?"),
         (("set", "balanced", "--set", "ratio"), "sets no option: write for example --set ratio=0.3"),
         (("set", "balanced", "--set", "ratio=much"), "Give a value of type float"),
         (("set", "balanced", "--set", "ration=1"), "Did you mean 'ratio'?"),

@@ -211,6 +211,21 @@ def test_several_attempts_are_shown_each_with_its_end() -> None:
     assert ["failed: ActorDied: d is dead" in row for row in rows] == [False, True, False, False, False]
 
 
+def test_what_a_script_hands_to_another_router_counts_once_and_is_its_own() -> None:
+    ids = itertools.count(1)
+    writer = Writer("r", ids)
+    root, outer, inner = next(ids), next(ids), next(ids)
+    generate = writer.call("Generate", "main", "frontend", 0.0, root, num_tokens=9)
+    handed = writer.call("Generate", "long", "main", 0.2, outer, num_tokens=9)
+    writer.end(handed, 1.8, items=3)
+    writer.span("attempt", "long", 0.3, 1.7, handed.span, span=inner, script="chain", version="2", number=0)
+    writer.span("attempt", "main", 0.1, 1.9, generate.span, span=outer, script="mine", version="1", number=0)
+    writer.end(generate, 2.0, items=3)
+    writer.span("http", "frontend", 0.0, 2.1, 0, span=root, status=200)
+    story = story_of(writer.events)
+    assert (story.num_tokens, story.script, story.version) == (3, "mine", "1")
+
+
 def test_a_request_under_way_is_explained_until_now() -> None:
     story = story_of([event for event in disaggregated("r", 5.0) if event.time < 5.2])
     assert "not over after 4000 ms: explained until its last record, 161 ms" in text_of(story, now=story.begin + 4)

@@ -12,9 +12,10 @@ import pytest
 from fleet import Fleet, running_fleet
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
-from callboard.actors.protocol import Entry, SamplingParams
+from callboard.actors.protocol import ATTEMPTS_EACH, FIRST_DIRECT_ATTEMPT, Entry, SamplingParams
 from callboard.bus import Address
 from callboard.bus.taps import ANSWERED, ENDED, NO_BODY, RECEIVED, SENT, SPAN, TapRecord
+from callboard.router.peer import HAND_ON_BITS
 from callboard.tools.errors import CliError
 from callboard.tools.trace.event import Event, event_of
 from callboard.tools.trace.filters import Filter, filter_of
@@ -258,6 +259,30 @@ def test_every_phase_of_ours_is_told_in_words() -> None:
         told = reader.read(record(SPAN, name, number, 1.0, facts=told_by_facts.get(name, {})))
         assert told is not None
         assert phrase(told, reader), name
+
+
+def test_another_router_is_seen_however_quickly_it_was_asked() -> None:
+    note = record(SPAN, "reroute", 1, 1.0001, begin=1.0, facts={"to": "main-1", "why": "main-0 died"})
+    (line,) = lines_of(note)
+    assert "reroute" in line
+    assert "went on with main-1: main-0 died" in line
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (0, "tokens"),
+        (1, "tokens (attempt 2)"),
+        (ATTEMPTS_EACH, "tokens (after 1 other router)"),
+        (2 * ATTEMPTS_EACH + 1, "tokens (after 2 other routers, attempt 2)"),
+        (1 << HAND_ON_BITS, "tokens"),
+        ((2 << HAND_ON_BITS) + 1, "tokens (attempt 2)"),
+        (FIRST_DIRECT_ATTEMPT + 7, "tokens"),
+    ],
+)
+def test_attempts_are_told_as_people_count_them(attempt: int, words: str) -> None:
+    (line,) = lines_of(record(SENT, "PrepRecv", 1, 1.0, source="a", facts={"num_tokens": 9, "attempt": attempt}))
+    assert line.endswith(f"make room for the KV of 9 {words}")
 
 
 def test_calls_that_never_end_do_not_pile_up() -> None:
