@@ -132,6 +132,7 @@ def _kv(file: FleetFile) -> Iterator[Problem]:
     kv, path = file.fleet.defaults.kv, ("defaults", "kv")
     yield from _attempt((*path, "size"), parse_size, kv.size, whole=1 << 30)
     yield from _positive_duration((*path, "lease"), kv.lease)
+    yield from _restart(kv.restart, (*path, "restart"))
     yield from check_tiers(file)
     if why_not := _why_no_lane(file.fleet):
         yield Problem((*path, "transport"), f'{why_not} write transport = "auto"')

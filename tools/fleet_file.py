@@ -54,6 +54,14 @@ class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str | None = None
 
 
+class Restart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens when a process ends by itself. ``max`` restarts in a row; serving a minute forgives them."""
+
+    policy: Literal["on-failure", "never"] = "on-failure"
+    backoff: Duration = "1s"
+    max: int = 5
+
+
 class Kv(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every KV manager (one per device) gets."""
 
@@ -65,20 +73,13 @@ class Kv(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verify: bool = False
     """Whether pages that arrive from another pool are held against their sender's digests."""
     tiers: tuple[Tier, ...] = ()
+    restart: Restart = Restart()
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of what is made by itself."""
 
     kv: Kv = Kv()
-
-
-class Restart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens when a process ends by itself. ``max`` restarts in a row; serving a minute forgives them."""
-
-    policy: Literal["on-failure", "never"] = "on-failure"
-    backoff: Duration = "1s"
-    max: int = 5
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -270,7 +270,9 @@ class Planner:
         }
         actor = ActorSpec(name, "callboard.actors.kv_manager:KvManager", config)
         # The manager makes the memory of a GPU itself.
-        return self.node(name, "kv_manager", actor, pool_bytes=pool_bytes if gpu is None else None)
+        own_pool_bytes = pool_bytes if gpu is None else None
+        restart = policy_of(self.fleet.defaults.kv.restart)
+        return self.node(name, "kv_manager", actor, pool_bytes=own_pool_bytes, restart=restart)
 
     def _gpu(self, device: str, index: int) -> Gpu | None:
         if cuda_ordinal(device) is None:

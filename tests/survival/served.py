@@ -35,6 +35,7 @@ http = "127.0.0.1:0"
 path = {path}
 [defaults.kv]
 size = "8MiB"
+restart = {{ backoff = "50ms", max = 1000 }}
 {engines}
 """
 ENGINE = """\
