@@ -10,7 +10,7 @@ import pytest
 from fleet import Fleet, running_fleet
 
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation
-from callboard.actors.protocol import Generate, SamplingParams, Sent
+from callboard.actors.protocol import Generate, SamplingParams, Sent, StartGenerate
 from callboard.bus import Address, VirtualClock
 from callboard.kv.tokens import pack_tokens
 from callboard.router import Prediction, Request, best_plan, predict
@@ -18,6 +18,7 @@ from callboard.router.attempt import Attempt
 from callboard.router.fleet import Fleet as Seen
 from callboard.router.known.lengths import Lengths
 from callboard.router.known.transfers import Transfer, Transfers
+from callboard.router.pace import Parts, pooled
 
 COSTS = Simulation(seconds_per_step=0.004, seconds_per_prefill_token=0.0002, seconds_per_decode=0.001)
 LAYOUT = SimulatedRunner(COSTS).layout
@@ -119,6 +120,36 @@ async def test_the_plan_leaves_the_decodes_of_one_engine_alone():
         assert plan.split == 0
         assert plan.decode != busy
         await answer
+
+
+async def test_who_took_the_prompts_before_still_gets_decodes():
+    costs = Simulation(seconds_per_step=0.004, seconds_per_prefill_token=2e-5, seconds_per_decode=5e-4)
+    async with running_fleet(
+        layout=LAYOUT, engines=("e0", "e1"), script="adaptive", clock=VirtualClock(), simulated=costs
+    ) as fleet:
+        for _ in range(8):
+            await asyncio.gather(*(fleet.generate(tokens_of(100), sampling(9)) for _ in range(4)))
+        # As after a time of one prefill and one decode engine: the first has been busy with prompts alone.
+        first = fleet.client.ref(fleet.actors["e0"].node.address_of("e0"))
+        for number in range(40):
+            message = StartGenerate(f"before-{number}", 0, pack_tokens(tokens_of(1000)), sampling(1))
+            async with first.stream(message) as tokens:
+                assert len([token async for token in tokens]) == 1
+        answers = [asyncio.ensure_future(fleet.generate(tokens_of(100), sampling(40))) for _ in range(6)]
+        await asyncio.sleep(0.1)
+        _, seen = seen_by(fleet, tokens_of(10), 1)
+        loads = [engine.load.num_running + engine.load.num_waiting for engine in seen.engines]
+        await asyncio.gather(*answers)
+    assert loads == [3, 3]
+
+
+async def test_noise_in_the_parts_of_a_fit_does_not_tell_equal_engines_apart():
+    even, odd = Parts(4e-3, 4e-5, 4e-4, 3e-8), Parts(3.5e-3, 5e-5, 6e-4, 1e-8)
+    slow = even.times(1.6)
+    assert max(even.typical_s(400) / odd.typical_s(400), odd.typical_s(400) / even.typical_s(400)) < 1.2
+    assert len({*pooled([even, odd], 400)}) == 1
+    by_itself, other = pooled([even, slow], 400)
+    assert other.typical_s(400) == pytest.approx(1.6 * by_itself.typical_s(400), rel=0.01)
 
 
 async def test_a_plan_of_one_engine_is_that_engine_and_of_none_is_an_error():
