@@ -23,6 +23,8 @@ class Actor:
     """The joined host it runs on, by its name in the fleet; empty where the fleet was started."""
     ask_to_kill: Callable[[str, str, str], None] | None = None
     """Asks the launcher to kill a node: its name, its incarnation, and why. A KV manager has it, in a process."""
+    last_words: Callable[[str], None] | None = None
+    """Tells the launcher why the process ends here and now. A router has it, in a process."""
     _tasks: Tasks
 
     async def start(self) -> None:

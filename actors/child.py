@@ -12,12 +12,22 @@ import msgspec
 from .node_spec import NodeSpec, Status
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_WAITING_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SPIN_COUNT = 10_000
+"""Turns that libgomp's threads spin at a barrier before they sleep, some 50 us. By default they spin 30 times as long:
+where anything else runs on their cores, steps of several threads then take 5 to 40 times as long, and spare nothing
+where nothing else does."""
 LAST_WORDS_S = 1.0
 
 
 def child_environment(environment: Mapping[str, str], num_threads: int) -> dict[str, str]:
-    """Return what a node's process inherits: its thread counts set, and nothing that calls out on its own."""
+    """Return what a node's process inherits: its thread counts set, and nothing that calls out on its own.
+
+    How threads wait for each other is set unless the user has.
+    """
     fixed = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    if not any(name in environment for name in _WAITING_VARIABLES):
+        fixed["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
     return {**environment, **fixed, **dict.fromkeys(_THREAD_VARIABLES, str(num_threads))}
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from callboard.bus import Address
 
-NodeKind = Literal["control", "router", "kv_manager", "engine", "actor"]
+NodeKind = Literal["control", "router", "frontend", "kv_manager", "engine", "actor"]
 
 
 class ActorSpec(msgspec.Struct, frozen=True):
@@ -57,6 +57,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     """A directory put before the others on ``sys.path``."""
     pool_bytes: int | None = None
     """Size of the memfd that the launcher makes for the first actor, as ``pool_fd`` in its config."""
+    inherits: tuple[int, ...] = ()
+    """Descriptors of the launcher's that its process has, too, by the same numbers."""
     dies_with_launcher: bool = True
     """Killed by the kernel in the same moment; otherwise it ends in order when its pipe ends."""
     removes: str | None = None
@@ -67,6 +69,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     trace: TraceSpec = TraceSpec()
     is_essential: bool = False
     """Without it there is no fleet: when it is given up, the fleet ends."""
+    is_needed_of_its_kind: bool = False
+    """The fleet ends when the last node of its kind is given up."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """From which level on it logs."""
 

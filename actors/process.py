@@ -127,6 +127,9 @@ async def _start(
         log.warning("asking the launcher to kill %s: %s", name, why)
         report("kill", why, node=name, incarnation=incarnation)
 
+    def last_words(words: str) -> None:
+        report("failed", words)
+
     directory = None if spec.directory is None else node.ref(spec.directory)
     tracer = Tracer(Tracer.Config(spec.trace.keep, spec.trace.prompts))
     await start_actor(node, TRACER, tracer)
@@ -137,6 +140,8 @@ async def _start(
         else:
             if spec.kind == "kv_manager":
                 actor.ask_to_kill = ask_to_kill
+            if spec.kind in ("router", "control"):
+                actor.last_words = last_words
             await start_actor(node, actor_spec.name, actor, directory=directory, host=spec.host)
             stack.push_async_callback(stop_actor, actor)
         if spec.kind == "actor" and not any(

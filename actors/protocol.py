@@ -133,9 +133,11 @@ class Release(Ask[Done], frozen=True):
 
 
 class Abort(Ask[Done], frozen=True):
-    """To an engine: end every sequence of this request. A repeat does nothing."""
+    """To an engine: end every sequence of this request, or of its one attempt. A repeat does nothing."""
 
     request_id: str
+    attempt: int | None = None
+    """None: of all attempts."""
 
 
 # ---- engine and its KV manager -----------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ class Generate(Stream[Token], frozen=True):
 
 
 ATTEMPTS_EACH = 65_536
-"""Numbers of attempts that each router a request is asked of has for itself."""
+"""Numbers of attempts that each router a request is asked of has for itself: what two of them ask for stays apart."""
 FIRST_DIRECT_ATTEMPT = 1 << 40
 """Attempts that no router makes (MLC-LLM's REST) are numbered from here on: no router's get so far, whose ids may be
 the same."""

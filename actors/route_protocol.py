@@ -104,6 +104,8 @@ class ShadowReport(msgspec.Struct, frozen=True, array_like=True):
     last_error: str = ""
     differing: tuple[Differing, ...] = ()
     """The last ones."""
+    num_moved: int = 0
+    """Requests that were handed over between engines meanwhile, and so are not compared: a shadow is not moved."""
 
 
 class BackgroundReport(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ from callboard.bus.tasks import Tasks
 from .child import Child
 from .node_spec import NodeKind, NodeSpec, Status
 
-STOP_ORDER: tuple[NodeKind, ...] = ("actor", "engine", "kv_manager", "router", "control")
+STOP_ORDER: tuple[NodeKind, ...] = ("frontend", "actor", "engine", "kv_manager", "router", "control")
 MAX_BACKOFF_S = 30.0
 
 
@@ -231,7 +231,7 @@ class Supervisor:
                 num_failures = 0
             if code == 0 or not spec.restart.is_enabled or num_failures >= spec.restart.max_restarts:
                 self._change(spec, "stopped" if code == 0 else "failed", sentence)
-                if spec.is_essential:
+                if spec.is_essential or (spec.is_needed_of_its_kind and self._is_none_left(spec.kind)):
                     self.fatal.set()
                 return
             self._change(spec, "restarting", sentence, restarted=True)
@@ -239,6 +239,11 @@ class Supervisor:
             num_failures += 1
             if self._stopping.is_set() or name in self._leaving:
                 return
+
+    def _is_none_left(self, kind: NodeKind) -> bool:
+        """Return whether every node of a kind has been given up."""
+        names = [name for name, spec in self._specs.items() if spec.kind == kind]
+        return all(name in self.states and self.states[name].state in ("failed", "stopped") for name in names)
 
     def _on_kill(self, asking: NodeSpec, status: Status) -> None:
         """Kill a process that keeps blocks of a KV manager's pool and is out of reach; its node starts again.
@@ -252,7 +257,7 @@ class Supervisor:
             child.kill(f"it was killed for {asking.name}: {status.detail}")
 
     async def _spawn(self, spec: NodeSpec) -> Child:
-        fds = list(self._inherited)
+        fds = [*self._inherited, *spec.inherits]
         pool_fd = None
         if spec.pool_bytes is not None:
             pool_fd = _make_pool(spec.name, spec.pool_bytes)

@@ -216,7 +216,10 @@ def body_writer(message: Follow) -> Callable[[Any], msgspec.Raw]:
 
 
 def hashed(tokens: bytes, salt: bytes) -> Fields:
-    """Return int32 token ids as hashes: equal blocks have equal ones, and nobody without the salt can try out ids."""
+    """Return int32 token ids as hashes. Nobody without the salt can try out ids.
+
+    Equal blocks have equal ones, so that a replay of a recording hits the prefix cache as the original did.
+    """
     size = HASH_BLOCK * TOKEN_BYTES
     hashes = b"".join(
         hashlib.blake2b(tokens[begin : begin + size], digest_size=HASH_BYTES, key=salt).digest()

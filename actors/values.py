@@ -31,7 +31,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
 class KvAddr(msgspec.Struct, frozen=True, array_like=True):
     """A reservation's slots, addressed so that it authenticates itself.
 
-    ``slots`` are those of the tokens ``[begin, end)``, in order.
+    ``slots`` are those of the tokens ``[begin, end)``, in order: for people and for checks. Where a write goes its
+    receiver says when it is opened.
     """
 
     manager: Address

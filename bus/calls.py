@@ -1,7 +1,8 @@
 """The two ends of an ask or a stream: what was asked (here), and what is served (there).
 
 Each ends exactly once. The asking end is taken out of ``link.asked`` by its one terminal (an answer, an end, an
-error, a deadline, a broken link, its own cancellation), and whatever arrives for it later finds nobody.
+error, a deadline, a broken link, its own cancellation), and whatever arrives for it later finds nobody. Items of a
+stream come under credit that its receiver grants: a peer that sends beyond it loses the stream.
 """
 
 import asyncio

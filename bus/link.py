@@ -1,7 +1,8 @@
 """One link between two nodes: a handshake, numbered batches out (outbox.py), numbered batches in.
 
-Messages on a link arrive in order and at most once. A link breaks as a whole: everything asked over it ends with an
-error, everything served over it is cancelled, and whoever wants to go on dials a new one.
+Messages on a link arrive in order and at most once; a gap in the numbers, or a peer that is silent for too long, breaks
+it. A link breaks as a whole: everything asked over it ends with an error, everything served over it is cancelled, and
+whoever wants to go on dials a new one.
 """
 
 from collections.abc import Callable, Sequence

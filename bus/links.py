@@ -2,6 +2,7 @@
 
 Between two nodes there is one link at a time in each direction of dialling; a node speaks over the one it dialled,
 or over one the peer dialled if that was there first. A link that breaks is gone: the next message dials a new one.
+What was under way ends with LinkLost, or with ActorDied where a pidfd or a goodbye proves the peer dead.
 """
 
 import asyncio

@@ -20,6 +20,7 @@ from .clock import Clock
 from .deadlines import Deadlines
 from .errors import LinkLost, words_of
 from .frames import ASK, STREAM, TELL, Post, TracedPost
+from .limited import LimitedWork
 from .link import Link, LocalLink
 from .links import LinkConfig, Links
 from .mailbox import Mailbox
@@ -31,6 +32,7 @@ from .serving import Server
 from .tasks import Tasks
 from .traced import Root
 from .transports.contract import Transport
+from .watchdog import GuestOf, Watchdog
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -194,6 +196,15 @@ class Node(Place):
             return function(*args, **kwargs)
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(None, call)
+
+    def limited(self, function: Callable[..., T], *args: Any) -> LimitedWork[T]:
+        """Return a call of a guest's code that may never end, in a thread of its own (inline on a virtual clock)."""
+        return LimitedWork(function, *args, is_inline=self.clock.is_virtual)
+
+    def watchdog(self, hung_s: float, guest_of: GuestOf, **told: Any) -> Watchdog | None:
+        """Watch the loop from now on: see Watchdog. None where nobody can, as on a virtual clock."""
+        watchdog = None if self.clock.is_virtual else Watchdog(hung_s, guest_of, **told)
+        return watchdog if watchdog is not None and watchdog.start() else None
 
     def worker(self) -> Worker:
         """Return a thread of the caller's own (inline on a virtual clock); the caller closes it."""

@@ -1,7 +1,8 @@
 """What a node remembers of requests, and tells those who follow it: a record per message, and per span of an actor.
 
 What belongs to a request is always remembered, in a ring that drops the oldest request first: a tracer that comes
-late still sees it. All other messages cost one attribute test, unless somebody follows them (``Place.tap``).
+late still sees it. All other messages cost one attribute test, unless somebody follows them (``Place.tap``). Items of
+streams are counted, not noted. There is no collector and no sampling: who looks gathers what the nodes have.
 """
 
 from collections import OrderedDict, deque
@@ -36,7 +37,7 @@ Row = tuple[Any, ...]
 
 
 class TapRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one node noted. Times are seconds on that node's monotonic clock.
+    """What one node noted. Times are seconds on that node's monotonic clock: floats tell nanoseconds for 100 days.
 
     A call (an ask or a stream) makes four records with one ``span``: its asking node notes SENT and ENDED, its serving
     node RECEIVED and ANSWERED; a tell makes SENT and RECEIVED. A SPAN is what an actor says it did.

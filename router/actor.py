@@ -15,15 +15,18 @@ from callboard.actors.protocol import BadRequest, Entry, Generate, GetSubRequest
 from callboard.actors.registration import DirectoryView, Registration
 from callboard.bus import current_call
 from callboard.bus.liveness import own_pid
+from callboard.bus.watchdog import Hung
 from callboard.kv.tokens import TOKEN_BYTES, num_tokens
 
 from .deadline import Deadline
-from .errors import QueueFull
+from .errors import ScriptError
+from .hanging import HangingScripts
+from .in_flight import InFlight
 from .known.load_streams import LoadStreams
 from .known.loads import Loads
 from .leaving import Departures
 from .recovery import Recovery
-from .script import Script
+from .script import LOAD_S, Script
 from .shared import Shared
 from .spans import NUM_REQUESTS, Spans
 from .swap.route_changes import RouteChanges
@@ -46,6 +49,8 @@ class RouterActor(RouteChanges):
         max_queue: int = 256
         patience_s: float = 15.0
         """How long a request waits for an engine that is starting, or for another one after a death."""
+        hung_s: float = 0.0
+        """How long the code of a script may keep all else from going on, until it is interrupted; 0: for ever."""
         keep: int = NUM_REQUESTS
         """Requests whose sub-requests stay inspectable."""
         routes_at: str = ""
@@ -56,9 +61,9 @@ class RouterActor(RouteChanges):
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
         config = self.config
-        self.routes = Routes(config.name, config.script, config.options, kept_at=config.routes_at)
+        load_s = LOAD_S if config.hung_s else 0.0
+        self.routes = Routes(config.name, config.script, config.options, kept_at=config.routes_at, load_s=load_s)
         self.is_inner = config.is_inner
-        self.num_in_flight = 0
         self.spans = Spans(self.config.keep)
         self.loads = Loads()
         self.view: DirectoryView
@@ -67,6 +72,8 @@ class RouterActor(RouteChanges):
         self._load_streams: LoadStreams
         self._registration: Registration
         self._started_s = 0.0
+        self._in_flight = InFlight(self, self.routes, config.max_queue)
+        self._hanging = HangingScripts(self, self.routes, config.hung_s)
 
     async def start(self) -> None:
         await self.open()
@@ -83,6 +90,15 @@ class RouterActor(RouteChanges):
         self._departures = Departures(self._shared)
         self._load_streams = LoadStreams(self, self.loads, self._shared.events)
         await self.start_routes(self._shared)
+        self._hanging.start()
+
+    async def stop(self) -> None:
+        self._hanging.stop()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have a place."""
+        return len(self._in_flight)
 
     @property
     def script(self) -> Script:
@@ -107,29 +123,32 @@ class RouterActor(RouteChanges):
         return SubRequests(self.spans.of_last(message.limit))
 
     async def on_generate(self, message: Generate) -> AsyncIterator[Token]:
-        if self.num_in_flight >= self.config.max_queue:
-            raise QueueFull(num_in_flight=self.num_in_flight, max_queue=self.config.max_queue)
+        self._in_flight.check()
         begin_s, call = self.node.clock.now(), current_call()
         assert call is not None, "a stream is served"
         _check(message)
         limit_s = min(self.config.deadline_s, call.remaining_s())
         what = f"request {message.request_id}"
         deadline = Deadline(self.node.clock, seconds=limit_s, what=what, on_idle=call.fail)
-        self.num_in_flight += 1
+        admitted = self._in_flight.enter(call, deadline)
         try:
             recovery = Recovery(
                 self._shared,
                 self.routes,
                 message,
-                deadline,
+                admitted,
                 patience_s=self.config.patience_s,
                 is_fleet_starting=begin_s - self._started_s < self.config.patience_s,
             )
             async with aclosing(recovery.tokens(begin_s)) as tokens:
                 async for token in tokens:
                     yield token
+        except Hung as hung:  # Where a script's code runs that is not its route, such as that of its options.
+            raise ScriptError(
+                file=hung.file, line=hung.line, reason=f"{hung}, and was interrupted", remedy=""
+            ) from hung
         finally:
-            self.num_in_flight -= 1
+            self._in_flight.leave(admitted)
             deadline.close()
 
 

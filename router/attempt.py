@@ -55,6 +55,8 @@ class Attempt:
         self.num_computed_tokens = 0
         """Prompt tokens that were computed on engines that sent them on."""
         self.generations = shared.generations
+        self.is_moved = False
+        """A hand-over of its was begun."""
         self._router = shared.router
         self._spans = shared.spans
         self._is_closed = False

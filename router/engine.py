@@ -164,8 +164,8 @@ class Engine:
         await self._attempt.release(kv.addr)
 
     async def abort(self, request: Request) -> None:
-        """End every sequence of the request on this engine. A repeat does nothing."""
-        await self.ref().ask(Abort(request.id), timeout=request.deadline)
+        """End every sequence of this attempt of the request on this engine. A repeat does nothing."""
+        await self.ref().ask(Abort(request.id, request.attempt), timeout=request.deadline)
 
     def transfer_from(self, sender: "Engine") -> Transfer:
         """Return what handing KV over from another engine takes, as measured, or as others' hand-overs let expect."""

@@ -3,6 +3,9 @@
 Most of its KV is copied while it goes on where it is. Then it is held there, what came meanwhile is copied, and the
 other engine starts behind its last token. Until that engine's first token is here, all that fails leaves the stream
 where it was; and from then on, whoever iterates it reads from the other one. The tokens are the same either way.
+
+No message has to arrive for that: only this router decides from whom a position's token is taken, the other engine
+starts behind exactly those that were taken, and a hold ends by itself.
 """
 
 import asyncio
@@ -48,6 +51,7 @@ async def move(generation: Generation, target: Entry) -> Moved:
         raise NotMovable(request_id=attempt.request.id, reason="it is being moved already")
     if target.name == generation.entry.name:
         raise NotMovable(request_id=attempt.request.id, reason=f"it runs on {target.name}")
+    attempt.is_moved = True
     # A task of its own: whoever asks for it may be cancelled, and the generation may end under it.
     moving = generation.moving = attempt.spawn(_HandOver(generation, target).run())
     try:

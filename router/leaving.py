@@ -1,6 +1,7 @@
 """Engines that drain: what this router reads from them goes on at others, as long as there are others.
 
-Nothing is forced: what cannot be moved goes on where it is, and is tried again.
+An engine that drains is an Entry in that state and nothing more: scripts are not offered it, and each router moves what
+it reads from it. Nothing is forced: what cannot be moved goes on where it is, and is tried again.
 """
 
 import logging

@@ -4,6 +4,7 @@ A later attempt's prompt holds the tokens that were sent already, and says how m
 position, with the limits, penalties and noise of the whole output. Whoever reads gets every token once.
 """
 
+import asyncio
 import logging
 from array import array
 from collections.abc import AsyncGenerator
@@ -17,8 +18,8 @@ from callboard.kv.layout import OutOfBlocks, StaleReservation
 from callboard.kv.tokens import pack_tokens
 
 from .attempt import RETRIED
-from .deadline import Deadline
 from .errors import NoEngine
+from .in_flight import Admitted
 from .patience import Patience
 from .request import Request
 from .running import run_script
@@ -41,7 +42,7 @@ class Recovery:
         shared: Shared,
         routes: Routes,
         message: Generate,
-        deadline: Deadline,
+        admitted: Admitted,
         *,
         patience_s: float,
         is_fleet_starting: bool,
@@ -50,7 +51,8 @@ class Recovery:
         self._routes = routes
         self._script = routes.choose(message)
         self._message = message
-        self._deadline = deadline
+        self._admitted = admitted
+        self._deadline = admitted.deadline
         self._patience_s = patience_s
         self._is_fleet_starting = is_fleet_starting
         self._sent: array[int] = array("i")
@@ -66,7 +68,7 @@ class Recovery:
             num_before = len(self._sent)
             request, is_finished = self._request(), False
             try:
-                run = run_script(self._shared, self._routes, self._script, request, self._deadline, patience, begin_s)
+                run = run_script(self._shared, self._routes, self._script, request, self._admitted, patience, begin_s)
                 async with aclosing(run) as tokens:
                     async for token in tokens:
                         self._sent.append(token.id)
@@ -121,7 +123,12 @@ class Recovery:
         return Patience(self._shared, patience_s=self._patience_s, is_fleet_starting=self._is_fleet_starting)
 
     def _after(self, num_before: int, patience: Patience) -> Patience:
-        """Return what patience there is after an attempt: all of it, if tokens came."""
+        """Return what patience there is after an attempt: all of it, if tokens came.
+
+        Raises CancelledError where nobody waits: the script swallowed its own, and a death came behind it.
+        """
+        if self._admitted.call.ended:
+            raise asyncio.CancelledError
         if len(self._sent) == num_before:
             return patience
         self._num_in_vain = 0

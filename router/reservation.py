@@ -45,7 +45,10 @@ class PrepRecvCall:
 
     async def __aexit__(self, kind: object, error: object, trace: TracebackType | None) -> None:
         if self._kv is not None:
-            await self._attempt.release(self._kv.addr)
+            if isinstance(error, asyncio.CancelledError | GeneratorExit):
+                self._attempt.release_later(self._kv.addr)  # A peer may hang, and who leaves may have many scopes.
+            else:
+                await self._attempt.release(self._kv.addr)
             self._attempt.unpick(self._entry.name)
 
     async def _reserve(self) -> Reserved:

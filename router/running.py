@@ -8,13 +8,14 @@ from typing import Any
 from callboard.actors.protocol import Token
 from callboard.bus import BusError
 from callboard.bus.errors import words_of
+from callboard.bus.watchdog import Hung
 from callboard.kv.layout import BadRange
 
 from .attempt import MOST_ERROR, Attempt
-from .deadline import Deadline
 from .errors import NoEngine, ScriptError
 from .fault import fault_in
 from .fleet import Fleet
+from .in_flight import Admitted
 from .patience import Patience
 from .request import Request
 from .script import Script
@@ -39,13 +40,13 @@ async def run_script(
     routes: Routes,
     script: Script,
     request: Request,
-    deadline: Deadline,
+    admitted: Admitted,
     patience: Patience,
     begin_s: float,
 ) -> AsyncGenerator[Token, None]:
     """Run the script once; yield its tokens in order, from position ``request.num_output_tokens``.
 
-    All it took is given back when this ends.
+    All it took is given back when this ends, or once it is given up (in_flight.py).
     """
     watch = routes.begins(script, shared, request)
     attempt = Attempt(shared if watch is None else watch.shared, request, begin_s)
@@ -53,16 +54,20 @@ async def run_script(
         attempt.num_seen_tokens = shared.prefixes.note(request.model, request.packed_prompt, begin_s)
     error_words, failure = "", None
     fleet = Fleet(attempt, shared.view)
+    deadline, call = admitted.deadline, admitted.call
     first = position = request.num_output_tokens
     is_finished = False
     route: Any = None
     try:
         await patience.waits_for_first_view(request)
         route = script.route(request, fleet)
+        admitted.runs(script, request, attempt, route)
         while True:
             # Hot: once per token (bench/serve.py).
             with deadline:
                 token = await anext(route, _END)
+            if call.ended:  # It has swallowed its cancellation: nobody is told anything any more.
+                raise asyncio.CancelledError
             if token is _END:
                 break
             _check_token(script, route, token, position, is_finished)
@@ -75,7 +80,7 @@ async def run_script(
             num_tokens = position - first
             what = f"ended after {num_tokens} tokens, none of which was the last" if num_tokens else "yielded nothing"
             raise _broke_rule(script, route, f"route {what}", "Yield every token of start_generate, to its end")
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
+    except (Exception, SystemExit, asyncio.CancelledError, Hung, BaseExceptionGroup) as error:
         # A script's exit() ends its request, not the fleet; and what it waits for may be cancelled without the request.
         if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
             raise
@@ -87,11 +92,12 @@ async def run_script(
         raise verdict from error
     finally:
         if watch is not None:
-            watch.is_finished = is_finished
+            watch.is_finished, watch.is_moved = is_finished, attempt.is_moved
         try:
             await _close(script, route, attempt, watch)
         finally:
-            routes.ended(script, request, failure, is_finished=is_finished)
+            if admitted.ends_run():
+                routes.ended(script, request, failure, is_finished=is_finished)
             attempt.note_end(
                 error=error_words or ("" if is_finished else "cancelled"),
                 script=script.name,
@@ -117,6 +123,11 @@ def _verdict(script: Script, fleet: Fleet, request: Request, error: BaseExceptio
         return cause
     if isinstance(cause, BadRange):
         reason = str(cause)
+    elif isinstance(cause, Hung):
+        cause.is_told = True
+        reason = f"{cause}, and was interrupted"
+        remedy = "Await what takes long"
+        return ScriptError(file=script.path, line=cause.line, reason=reason, remedy=remedy)
     elif isinstance(cause, asyncio.CancelledError):
         reason = "route waited for a task that was cancelled"
     else:
@@ -129,8 +140,10 @@ async def _close(script: Script, route: Any, attempt: Attempt, watch: Watching |
         if route is not None:
             async with asyncio.timeout(CLOSE_S):
                 await route.aclose()
-    except Exception as error:
-        log.error("script %s failed while it was closed", script.path, exc_info=error)
+    except (Exception, Hung, BaseExceptionGroup) as error:
+        is_in_order = isinstance(error, BaseExceptionGroup) and error.split(GeneratorExit)[1] is None
+        if not is_in_order:  # A TaskGroup says so that it was closed.
+            log.error("script %s failed while it was closed", script.path, exc_info=error)
     finally:
         if watch is not None:
             watch.end()

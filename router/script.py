@@ -18,12 +18,16 @@ import msgspec
 
 from callboard.actors.protocol import Token
 from callboard.actors.route_protocol import MOST_SOURCE, MOST_TEXT, ScriptText
+from callboard.bus.watchdog import Hung, limited
 
 from .background import Background, background_of
 from .errors import ScriptError
+from .guest import Guest, guest_of, mark
 from .script_trace import line_in as line_in
 
 SHIPPED = Path(__file__).parent / "scripts"
+LOAD_S = 10.0
+"""How long the code of a script outside of its functions may run."""
 MOST_SHOWN = 1000
 """Characters of the options that a record keeps."""
 EXAMPLE = "async def route(request: Request, fleet: Fleet, *, ratio: float = 0.2):"
@@ -105,7 +109,7 @@ def load_text(text: ScriptText) -> Script:
     if len(msgspec.json.encode(text.options, enc_hook=str)) > MOST_TEXT:
         raise ScriptError(file=text.path, line=None, reason="its options are too long", remedy="Read them from a file")
     version = hashlib.sha256(source).hexdigest()[:12]
-    module = _run(path, text.name, source, version)
+    module = _run(path, text, source, version)
     route = getattr(module, "route", None)
     if route is None:
         raise ScriptError(file=text.path, line=1, reason="it defines no route", remedy=f"Write {EXAMPLE}")
@@ -127,14 +131,33 @@ def load_text(text: ScriptText) -> Script:
     )
 
 
+def load_in_time(text: ScriptText, *, seconds: float) -> Script:
+    """Load a script where all else waits for it; one that takes longer is interrupted. Raises ScriptError."""
+    if not seconds:
+        return load_text(text)
+    try:
+        with limited(seconds, guest_of):
+            return load_text(text)
+    except Hung as hung:  # Also of the watchdog, where that looks already.
+        hung.is_told = True
+        raise unfinished(text.path, hung.line, hung.seconds) from None
+
+
+def unfinished(path: str, line: int | None, seconds: float) -> ScriptError:
+    """Return the error of a script whose code outside of its functions takes too long."""
+    reason = f"its code outside of functions did not end within {seconds:.3g} s"
+    return ScriptError(file=path, line=line, reason=reason, remedy="Only definitions and imports belong there")
+
+
 def _bound_to(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
-def _run(path: Path, name: str, source: bytes, version: str) -> types.ModuleType:
+def _run(path: Path, text: ScriptText, source: bytes, version: str) -> types.ModuleType:
     # Not in sys.modules: a script cannot hide a module, and loading it again starts clean.
-    module = types.ModuleType(f"callboard_script_{name}_{version}")
+    module = types.ModuleType(f"callboard_script_{text.name}_{version}")
     module.__file__ = str(path)
+    mark(module, Guest(text.name, str(path), text.number))
     try:
         code = compile(source, str(path), "exec", dont_inherit=True)
         exec(code, module.__dict__)

@@ -6,6 +6,7 @@ import traceback
 from callboard.actors.route_protocol import MOST_TEXT
 from callboard.bus import BusError
 from callboard.bus.errors import words_of
+from callboard.bus.watchdog import Hung
 
 from .errors import ScriptError
 
@@ -19,11 +20,15 @@ def line_in(path: str, error: BaseException) -> int | None:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """Return the error that counts: of several raised together, the first from the bus."""
+    """Return the error that counts: of several raised together an interruption, or else the first from the bus."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     causes = [first_cause(inner) for inner in error.exceptions]
-    return next((cause for cause in causes if isinstance(cause, BusError)), causes[0])
+    for kind in (Hung, BusError):
+        for cause in causes:
+            if isinstance(cause, kind):
+                return cause
+    return causes[0]
 
 
 def trace_of(path: str, source: str, error: BaseException) -> str:

@@ -10,6 +10,8 @@ class Watching(Protocol):
 
     is_finished: bool
     """Its last token has come. Set by who runs the script."""
+    is_moved: bool
+    """Something of it was handed over between engines, by whoever's wish. Set likewise."""
 
     @property
     def shared(self) -> Shared:

@@ -130,6 +130,7 @@ async def running_fleet(
     lease_s: float = 10.0,
     is_shared: bool = False,
     has_own_directory: bool = False,
+    hung_s: float = 0.0,
     layouts: dict[str, KvLayout] | None = None,
     **engine_options: Any,
 ) -> AsyncIterator[Fleet]:
@@ -138,6 +139,7 @@ async def running_fleet(
     Each engine has a KV manager of its own, ``kv-NAME``; with ``is_shared`` all of them share ``kv``, as on one device.
     ``layouts`` are those of engines, by name, whose KV is laid out otherwise than by ``layout``.
     With ``has_own_directory`` the directory is alone on the node ``directory``, else beside the router on ``control``.
+    With ``hung_s`` a watchdog looks after the router's scripts.
     """
     async with AsyncExitStack() as stack:
         fleet = Fleet(hub or InprocHub(), stack, clock, seed)
@@ -177,7 +179,7 @@ async def running_fleet(
                 **engine_options,
             )
             await fleet.start(engine_node, name, Engine(config), engine_node.ref(directory.address))
-        router = RouterActor(RouterActor.Config(name="main", script=script, options=options or {}))
+        router = RouterActor(RouterActor.Config(name="main", script=script, options=options or {}, hung_s=hung_s))
         fleet.router = await fleet.start(control, "main", router, control.ref(directory.address))
         async with asyncio.timeout(PATIENCE_S):
             await router.view.wait_for(lambda view: sum(each.kind == "engine" for each in view.entries) == len(engines))

@@ -57,6 +57,8 @@ OUTSIDE = {
     "bus/clock.py",
     "bus/node.py",
     "bus/liveness.py",
+    "bus/limited.py",
+    "bus/watchdog.py",
     "bus/transports/zmq.py",
     "actors/process.py",
     "actors/supervisor.py",

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and the documents beside it show works as it stands there."""
 
 import os
 import re
@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
 from fleet import running_fleet
 
 from callboard.actors.actor import start_actor
@@ -20,11 +19,12 @@ from callboard.tools.default_fleet import default_fleet
 from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import decode_fleet_file
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
 
 
 def block(language: str, containing: str) -> str:
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
     (found,) = [text for text in blocks if containing in text]
     return str(found)
 
@@ -32,7 +32,7 @@ def block(language: str, containing: str) -> str:
 def module(name: str, source: str) -> Any:
     made = ModuleType(name)
     sys.modules[name] = made  # Handlers' annotations are looked up there.
-    exec(compile(source, f"README.md ({name})", "exec"), made.__dict__)
+    exec(compile(source, f"documents ({name})", "exec"), made.__dict__)
     return made
 
 
@@ -57,7 +57,7 @@ async def test_the_ping_actor_answers() -> None:
 def test_the_ping_actor_starts_from_a_fleet_file(tmp_path: Path) -> None:
     (tmp_path / "ping.py").write_text(block("python", "class Ping(Actor)"))
     text = default_fleet() + block("toml", "[[actor]]")
-    check_fleet(decode_fleet_file(text, source="README", base=tmp_path))
+    check_fleet(decode_fleet_file(text, source="docs", base=tmp_path))
 
 
 def test_the_ping_actor_is_asked_from_another_process(tmp_path: Path) -> None:
@@ -89,11 +89,5 @@ def test_bringing_a_model_is_a_table_of_the_fleet_file(tmp_path: Path) -> None:
         r"\[models\.smollm2-135m\].*?\n\n", block("toml", "[models.mine]") + "\n", default_fleet(), flags=re.S
     )
     assert "[models.mine]" in text
-    fleet = decode_fleet_file(text, source="README", base=tmp_path).fleet
+    fleet = decode_fleet_file(text, source="docs", base=tmp_path).fleet
     assert list(fleet.models) == ["mine"]
-
-
-@pytest.mark.parametrize("command", re.findall(r"^callboard (\w+)", README, re.MULTILINE))
-def test_every_command_that_is_shown_exists(command: str) -> None:
-    line = [sys.executable, "-m", "callboard.tools.cli", command, "--help"]
-    assert subprocess.run(line, capture_output=True, timeout=60).returncode == 0

@@ -9,6 +9,7 @@ name = "{name}"                        # a running fleet is found by name: callb
 
 [listen]
 http = "127.0.0.1:8000"                 # the OpenAI API; "0.0.0.0:8000" for every interface
+# frontends = 2                         # processes that serve it, each on a core; by default one, beside the directory
 # api_keys = "api-keys.txt"             # one bearer key per line; without it everybody may ask
 # bus = "tcp://10.0.0.1:7000"           # by default "ipc", for this machine alone; beyond it takes keys
 # keys = "keys"                         # the directory that callboard keys new made: the bus is encrypted

@@ -2,6 +2,7 @@
 
 A port is held by a socket of the launcher's that is bound and never listens: the kernel gives it to nobody else, and
 the node, also one that comes back after a crash, may bind it beside that (SO_REUSEADDR, which ZeroMQ sets).
+That of HTTP, where several frontends serve it, is held by a socket that listens, and is handed to each of them.
 """
 
 import ipaddress
@@ -10,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import Self
 
+from callboard.actors.frontend.listener import CannotListen, PortTaken, bind
 from callboard.bus.transports.curve import is_loopback
 
 from .errors import CliError, FleetFileError, StartFailed
@@ -21,6 +23,7 @@ MAX_PATH = 100
 
 _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^\[\]:/]+):(\d{1,5}|\*)")
 _EXAMPLE = 'write for example "tcp://10.0.0.1:7000", or "ipc" for this machine alone'
+OTHER_PORT = "pass --port N for another one (0: any free one)"
 
 
 def split_bus(bus: str) -> tuple[str, int]:
@@ -50,11 +53,13 @@ class Endpoints:
         self._bus = bus
         self._run_dir = run_dir
         self._held: dict[str, socket.socket] = {}
+        self._http: socket.socket | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop_listening()
         for held in self._held.values():
             held.close()
 
@@ -75,6 +80,23 @@ class Endpoints:
                 reason = f"the bus cannot listen at {host}:{at} ({_reason(error)})"
                 raise StartFailed(f"{reason}: change [listen] bus") from None
         return endpoint_at(host, self._held[node].getsockname()[1])
+
+    def listen(self, host: str, port: int) -> int:
+        """Listen for HTTP, and return the descriptor of the socket, the same every time. Raises StartFailed."""
+        if self._http is None:
+            try:
+                self._http = bind(host, port)
+            except CannotListen as error:
+                reason = (
+                    "address already in use" if isinstance(error, PortTaken) else str(error.fields["reason"]).lower()
+                )
+                raise StartFailed(f"cannot listen on {host}:{port} ({reason}): {OTHER_PORT}") from None
+        return self._http.fileno()
+
+    def stop_listening(self) -> None:
+        """Let the port of HTTP go, as far as it is held here."""
+        if self._http is not None:
+            self._http.close()
 
 
 class JoinedEndpoints(Endpoints):

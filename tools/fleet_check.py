@@ -11,7 +11,7 @@ from callboard.actors.embedded_model import ModelMissing, locate
 from callboard.bus.keys import read_secret
 from callboard.kv.lanes.ucx import is_installed
 from callboard.router.errors import ScriptError
-from callboard.router.script import SHIPPED, load_script, shipped_scripts
+from callboard.router.script import LOAD_S, SHIPPED, load_in_time, read_script, shipped_scripts
 
 from .api_keys import read_api_keys
 from .endpoints import IPC, needs_keys, split_bus
@@ -27,6 +27,7 @@ NAME_RULE = 'use letters, digits, ".", "-" and "_", at most 40'
 LEAST_SILENT_S = 0.5
 MOST_KEPT = 100_000
 RESERVED = ("control", "directory", "frontend", "launcher")
+MOST_FRONTENDS = 64
 
 
 def check_fleet(file: FleetFile, *, host: str = "", find_gpus: Callable[[], Gpus] = find_gpus) -> None:
@@ -47,6 +48,12 @@ def engine_names(engine: Engine) -> list[str]:
 def router_names(router: Router) -> list[str]:
     """Return the names of the routers that one ``[[router]]`` makes."""
     return [router.name] if router.count == 1 else [f"{router.name}-{index}" for index in range(router.count)]
+
+
+def frontend_names(fleet: Fleet) -> list[str]:
+    """Return the names of the frontends."""
+    count = min(fleet.listen.frontends, MOST_FRONTENDS)
+    return ["frontend"] if count == 1 else [f"frontend-{index}" for index in range(count)]
 
 
 def model_of(file: FleetFile, engine: Engine) -> str | None:
@@ -83,11 +90,22 @@ def _at_least(path: KeyPath, value: float, least: int) -> Iterator[Problem]:
 def _listen(file: FleetFile) -> Iterator[Problem]:
     listen = file.fleet.listen
     yield from _attempt(("listen", "http"), split_address, listen.http)
+    yield from _frontends(file)
     yield from _bus(file)
     yield from _silent(listen.silent)
     yield from _positive_duration(("listen", "stall"), listen.stall)
     if listen.api_keys is not None:
         yield from _attempt(("listen", "api_keys"), read_api_keys, file.base / Path(listen.api_keys).expanduser())
+
+
+def _frontends(file: FleetFile) -> Iterator[Problem]:
+    listen = file.fleet.listen
+    if not 1 <= listen.frontends <= MOST_FRONTENDS:
+        yield Problem(("listen", "frontends"), f"frontends must be 1 to {MOST_FRONTENDS}, not {listen.frontends}")
+    elif listen.frontends > 1 and listen.microserving:
+        # Each of the three calls of a request may come to another, and only the first would know the reservation.
+        sentence = "microserving = true needs frontends = 1, because one process must see all calls of a request"
+        yield Problem(("listen", "microserving"), f"{sentence}: remove one of them")
 
 
 def _silent(value: str | float) -> Iterator[Problem]:
@@ -184,7 +202,7 @@ def _names(file: FleetFile) -> Iterator[Problem]:
     for index, router in enumerate(fleet.router):
         named += [(name, ("router", index, "name")) for name in router_names(router)[:1000]]
     named += [(actor.name, ("actor", index, "name")) for index, actor in enumerate(fleet.actor)]
-    taken = {name: f"Callboard names an actor of its own {name}" for name in RESERVED}
+    taken = {name: f"Callboard names an actor of its own {name}" for name in (*RESERVED, *frontend_names(fleet))}
     for engine in fleet.engine:
         taken[manager_name(engine.device, engine.host)] = f"the KV manager of {engine.device} has that name"
     for name, path in named[1:]:
@@ -273,6 +291,7 @@ def _routers(file: FleetFile) -> Iterator[Problem]:
         path = ("router", index)
         yield from _positive_duration((*path, "deadline"), router.deadline)
         yield from _positive_duration((*path, "patience"), router.patience)
+        yield from _positive_duration((*path, "hang"), router.hang)
         yield from _at_least((*path, "max_queue"), router.max_queue, 1)
         yield from _at_least((*path, "count"), router.count, 1)
         yield from _restart(router.restart, (*path, "restart"))
@@ -284,7 +303,7 @@ def _routers(file: FleetFile) -> Iterator[Problem]:
             yield Problem((*path, "script"), f"there is no router script {wanted}: {hint}")
             continue
         try:
-            load_script(str(script), router.options)
+            load_in_time(read_script(str(script), router.options), seconds=LOAD_S)
         except ScriptError as error:
             yield Problem((*path, "script"), str(error))
 

@@ -24,6 +24,9 @@ class Listen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the fleet is reached."""
 
     http: str = "127.0.0.1:8000"
+    frontends: int = 1
+    """How many processes serve it. Only one runs in the control process; several have processes of their own, named
+    frontend-0, frontend-1, ..., and any may die alone."""
     bus: str = "ipc"
     """``ipc``, or ``tcp://ADDRESS:PORT`` of the control node: other nodes take ports of their own there."""
     keys: str | None = None
@@ -105,7 +108,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A router and its script: a path relative to the fleet file, or the name of a shipped one.
 
-    A fleet's only router runs beside its frontend; of several, each has a process of its own, and may die alone.
+    A fleet's only router runs in the control process; of several, each has a process of its own, and may die alone.
     """
 
     name: str
@@ -116,6 +119,9 @@ class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: Duration = "15s"
     """How long a request waits for an engine, or a router, that is starting or has died; more for models that load
     slowly."""
+    hang: Duration = "2s"
+    """How long a script may keep all else in its process from going on, until it is interrupted. Two fifths of
+    ``silent`` at most: else the others would have cut the process off by then."""
     count: int = 1
     """How many there are of it, named NAME-0, NAME-1, ..."""
     inner: bool = False

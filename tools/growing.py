@@ -63,7 +63,8 @@ def grow(
         engines.append(msgspec.structs.replace(like, name=name, device=device, count=1))
     added = tuple(engines)
     whole = replace(file, fleet=msgspec.structs.replace(file.fleet, engine=(*file.fleet.engine, *added)))
-    alone = replace(file, fleet=msgspec.structs.replace(file.fleet, engine=added, actor=()))
+    listen = msgspec.structs.replace(file.fleet.listen, frontends=1)  # Those that are there take no further memory.
+    alone = replace(file, fleet=msgspec.structs.replace(file.fleet, engine=added, actor=(), listen=listen))
     try:
         check_fleet(whole, host=host)
         made = plan(alone)

@@ -32,7 +32,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     fleet = file.fleet
     print(f"OK: {arguments.file} makes the fleet {fleet.name}")
     if fleet.engine:
-        print(f"  http     {fleet.listen.http}")
+        several = f", {fleet.listen.frontends} frontends" if fleet.listen.frontends > 1 else ""
+        print(f"  http     {fleet.listen.http}{several}")
     if fleet.listen.bus != IPC or fleet.listen.keys is not None:
         print(f"  bus      {fleet.listen.bus}, {'without keys' if fleet.listen.keys is None else 'with keys'}")
     for name, model in fleet.models.items():

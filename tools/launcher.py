@@ -165,6 +165,7 @@ class Launcher:
             self._write(state="stopping")
             log.info("stopping")
             self._show(Event("step", "stopping"))
+            endpoints.stop_listening()
             await supervisor.stop()
 
     def _work(self, supervisor: Supervisor) -> LauncherWork:
@@ -249,7 +250,9 @@ class Launcher:
         if supervisor.error is not None:
             raise supervisor.error
         names = [
-            node.name for node in plan.nodes if node.is_essential and supervisor.states[node.name].state == "failed"
+            node.name
+            for node in plan.nodes
+            if (node.is_essential or node.is_needed_of_its_kind) and supervisor.states[node.name].state == "failed"
         ]
         name = names[0] if names else "control"
         sentence = supervisor.states[name].detail

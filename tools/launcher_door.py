@@ -20,8 +20,10 @@ Serve = Callable[[Call, Say], Awaitable[Said]]
 
 @asynccontextmanager
 async def launcher_door(folder: Path, serve: Serve) -> AsyncIterator[None]:
-    """Take calls inside of the context, one at a time. ``serve(call, say)`` raises CliError for what cannot be."""
-    turn = asyncio.Lock()
+    """Take calls inside of the context, several at once. ``serve(call, say)`` raises CliError for what cannot be.
+
+    What must not happen at once is for ``serve`` to know.
+    """
     serving: set[asyncio.Task[None]] = set()
 
     async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -29,7 +31,7 @@ async def launcher_door(folder: Path, serve: Serve) -> AsyncIterator[None]:
         assert task is not None
         serving.add(task)
         try:
-            await _answer(reader, writer, serve, turn)
+            await _answer(reader, writer, serve)
         except (OSError, asyncio.CancelledError):
             pass  # Whoever asked has left, or the launcher stops.
         finally:
@@ -54,7 +56,7 @@ async def launcher_door(folder: Path, serve: Serve) -> AsyncIterator[None]:
             await asyncio.wait(serving)
 
 
-async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serve: Serve, turn: asyncio.Lock) -> None:
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serve: Serve) -> None:
     def write(said: Said) -> None:
         with contextlib.suppress(OSError):
             writer.write(msgspec.json.encode(said) + b"\n")
@@ -64,12 +66,11 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, se
     except (msgspec.MsgspecError, ValueError) as error:
         write(Said("failed", f"the launcher does not understand that: {error}", exit_code=2))
     else:
-        async with turn:
-            try:
-                write(await serve(call, lambda text: write(Said("step", text))))
-            except CliError as error:
-                write(Said("failed", str(error), exit_code=error.exit_code))
-            except Exception as error:
-                log.exception("a call failed")
-                write(Said("failed", f"the launcher failed: {error}", exit_code=1))
+        try:
+            write(await serve(call, lambda text: write(Said("step", text))))
+        except CliError as error:
+            write(Said("failed", str(error), exit_code=error.exit_code))
+        except Exception as error:
+            log.exception("a call failed")
+            write(Said("failed", f"the launcher failed: {error}", exit_code=1))
     await writer.drain()

@@ -1,4 +1,8 @@
-"""What a launcher does for commands while its fleet serves: it adds engines, restarts processes, remembers roles."""
+"""What a launcher does for commands while its fleet serves: it adds engines, restarts processes, remembers roles.
+
+What is done to one process is done one after another, and so are additions, which choose names and devices among what
+is there; all else goes on at the same time.
+"""
 
 import asyncio
 import difflib
@@ -18,8 +22,12 @@ from .launcher_calls import AddEngines, Call, KeepEngine, RestartNode, Said
 from .launcher_door import Say
 from .machine import available_memory
 from .plan import Plan
+from .turns import Turns
 
 log = logging.getLogger("callboard.launcher")
+
+ADDING = ""
+"""The turn of those who add engines; no node has this name, and it is before all others in order."""
 
 
 class LauncherWork:
@@ -44,14 +52,17 @@ class LauncherWork:
         self._plan = plan
         self._check = check
         self._tail = tail
+        self._turns = Turns()
 
     async def serve(self, call: Call, say: Say) -> Said:
         """Do what a command asks for. Raises CliError."""
         if isinstance(call, AddEngines):
-            return await self._add(call, say)
-        if isinstance(call, RestartNode):
-            return await self._restart(call, say)
-        return self._keep(call)
+            async with self._turns.of(ADDING):
+                return await self._add(call, say)
+        async with self._turns.of(call.name):
+            if isinstance(call, RestartNode):
+                return await self._restart(call, say)
+            return self._keep(call)
 
     # ---- more engines --------------------------------------------------------------------------------------------
 
@@ -69,6 +80,14 @@ class LauncherWork:
             say(f"warning: {warning}")
         names = [node.name for stage in growth.stages for node in stage]
         say(f"starting {', '.join(names)}")
+        async with self._turns.of(*names):  # Nobody has them: they are of nodes that are not there yet.
+            await self._start(growth, names)
+        self._file = growth.file
+        log.info("added %s", ", ".join(names))
+        return Said("done", names=tuple(engine.name for engine in growth.engines))
+
+    async def _start(self, growth: Growth, names: list[str]) -> None:
+        """Start what is added, all of it or nothing. Raises StartFailed."""
         try:
             for stage in growth.stages:
                 await self._supervisor.start(stage)
@@ -78,9 +97,6 @@ class LauncherWork:
             if not isinstance(error, NodeFailed):
                 raise
             raise StartFailed(str(error) + ("" if error.has_said_why else self._tail(error.name))) from None
-        self._file = growth.file
-        log.info("added %s", ", ".join(names))
-        return Said("done", names=tuple(engine.name for engine in growth.engines))
 
     # ---- those that are there ------------------------------------------------------------------------------------
 

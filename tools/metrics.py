@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
         entries = list_entries(fleet)
     except BusError as error:
         raise why_not(fleet, error) from None
-    urls = [entry.detail["url"] for entry in entries if entry.kind == "frontend" and "url" in entry.detail]
+    # Several at one port have one URL, and each tells of all.
+    urls = dict.fromkeys(entry.detail["url"] for entry in entries if entry.kind == "frontend" and "url" in entry.detail)
     if not urls:
         raise CliError(f'fleet "{fleet.state.name}" has no frontend, and so no metrics')
     for url in urls:

@@ -19,7 +19,7 @@ from .fleet_check import engine_names, manager_name, model_of
 from .fleet_file import Engine, FleetFile, Problem
 from .gpus import HOST_PROCESS_BYTES, NO_GPUS, Gpus, gpu_of, why_not_on, why_too_full
 from .machine import split_address
-from .plan_control import control_node, policy_of, router_nodes
+from .plan_control import FRONTEND_BYTES, control_node, frontend_nodes, policy_of, router_nodes
 from .tiers import tier_specs
 from .units import format_size, parse_duration, parse_size
 
@@ -61,6 +61,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     facts: dict[str, ModelFacts] = field(default_factory=dict)
     """What the models are, by name."""
+    endpoints: Endpoints | None = None
+    """What holds the ports of the nodes, for as long as they may be started."""
 
     @property
     def nodes(self) -> tuple[NodeSpec, ...]:
@@ -121,8 +123,8 @@ class Planner:
         engines = [node for _, engine in self.engines for node in self._engine(engine)]
         actors = [self._user_actor(actor) for actor in self.fleet.actor if actor.host == self.host]
         control = [] if self.host else [control_node(self)]
-        routers = [] if self.host else router_nodes(self)
-        stages = [control, [*managers, *routers], engines, actors]
+        askers = [] if self.host else [*router_nodes(self), *frontend_nodes(self)]
+        stages = [control, [*managers, *askers], engines, actors]
         host, _ = split_address(self.fleet.listen.http)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         host = f"[{host}]" if ":" in host else host
@@ -132,12 +134,14 @@ class Planner:
             Memory(
                 sum(device.pool_bytes + device.host_tier_bytes for device in self.devices.values()),
                 sum(self._weight_bytes(engine) * engine.count for _, engine in self.engines if not _is_on_gpu(engine)),
-                sum(_process_bytes(engine) * engine.count for _, engine in self.engines),
+                sum(_process_bytes(engine) * engine.count for _, engine in self.engines)
+                + sum(FRONTEND_BYTES for node in askers if node.kind == "frontend"),
             ),
             f"http://{host}:{self.port}" if self.fleet.engine and control else None,
             tuple(dict.fromkeys(self.model_of(engine) for engine in self.fleet.engine)),
             tuple(self.warnings),
             dict(self.facts),
+            self.endpoints,
         )
 
     # ---- addresses and shared parts ------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ class Planner:
     def node(self, name: str, kind: NodeKind, *actors: ActorSpec, **options: Any) -> NodeSpec:
         """Return a node with what all of them are told."""
         log = str(self.run_dir / "logs" / f"{name}.log")
-        dies = kind in ("engine", "kv_manager", "router")
+        dies = kind in ("engine", "kv_manager", "router", "frontend")
         return NodeSpec(
             self.fleet.name,
             name,

@@ -39,12 +39,14 @@ def add(command: Command) -> None:
 
     restart = command(
         "restart",
-        "drain an engine, and start its process anew",
+        "drain an engine or a frontend, and start its process anew",
         "callboard restart decode-0\ncallboard restart decode-0 --now     without draining: its requests are recovered",
         "restart:run",
     )
     restart.add_argument(
-        "node", metavar="NAME", help="an engine; with --now also a KV manager, a router or an actor of yours"
+        "node",
+        metavar="NAME",
+        help="an engine, or one of several frontends; with --now also a KV manager, a router or an actor of yours",
     )
     restart.add_argument("--now", action="store_true", help="do not drain it before")
     _options(restart)

@@ -200,7 +200,8 @@ class Engine(Movable):
         if not self._started.is_set():
             return Done()
         for generation in list(self._generations.values()):
-            if generation.sequence.request_id == message.request_id:
+            is_meant = message.attempt in (None, generation.attempt)
+            if is_meant and generation.sequence.request_id == message.request_id:
                 generation.abort(self.node.clock.now())
                 self.scheduler.abort(generation.sequence.sequence_id)
         self._wake.set()

@@ -9,6 +9,7 @@ from callboard.actors.protocol import Generate
 from callboard.bus import Node
 from callboard.kv.tokens import pack_tokens
 
+from .claimed_ids import ClaimedIds
 from .errors import ApiError, shutting_down
 from .generation import Outbox, Sequence, usage_of
 from .http_trace import HttpTrace
@@ -45,6 +46,8 @@ class Backend:
     in_flight: set[str] = field(default_factory=set)
     outboxes: dict[str, Outbox] = field(default_factory=dict)
     """Of the requests being answered, by request id."""
+    claimed: ClaimedIds | None = None
+    """The ids of clients in flight at all frontends, where there are several."""
 
     def model(self, name: str) -> Model:
         """Return a served model. Raises ApiError (404)."""
@@ -60,12 +63,17 @@ class Backend:
         for outbox in self.outboxes.values():
             outbox.fail(shutting_down())
 
-    def claim_ids(self, wanted: str, count: int) -> list[str]:
-        """Return ``count`` request ids made of ``wanted`` that no request in flight has. Give them to release_ids."""
+    def claim_ids(self, given: str | None, count: int, prefix: str) -> list[str]:
+        """Return ``count`` request ids that no request in flight has. Give them to release_ids.
+
+        They are made of the one that the client gave, else of a new one behind ``prefix``.
+        """
+        wanted = prefix + self.node.new_id() if given is None else given
+        claimed = None if given is None else self.claimed
         base, repeat = wanted, 1
         while True:
             ids = [base, *(f"{base}.{index}" for index in range(1, count))]
-            if self.in_flight.isdisjoint(ids):
+            if self.in_flight.isdisjoint(ids) and (claimed is None or claimed.claim(ids)):
                 self.in_flight.update(ids)
                 return ids
             repeat += 1
@@ -74,6 +82,8 @@ class Backend:
     def release_ids(self, ids: list[str]) -> None:
         """Say that these requests have ended."""
         self.in_flight.difference_update(ids)
+        if self.claimed is not None:
+            self.claimed.release(ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +138,10 @@ class Answer:
         return [(b"content-type", content_type), (b"x-request-id", self.request_id.encode())]
 
 
-def wanted_id(headers: Headers, prefix: str, node: Node) -> str:
-    """Return the request id that the client gave, or a new one."""
+def given_id(headers: Headers) -> str | None:
+    """Return the request id that the client gave, None if it gave none."""
     given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
-    return given if REQUEST_ID.fullmatch(given) else prefix + node.new_id()
+    return given if REQUEST_ID.fullmatch(given) else None
 
 
 def build_answer(

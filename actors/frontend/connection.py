@@ -9,6 +9,7 @@ import fcntl
 import logging
 import struct
 import termios
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -30,6 +31,10 @@ class HttpConfig(uvicorn.Config):
     def __init__(self, app: Any, *, stall_s: float, **settings: Any) -> None:
         super().__init__(app, http=Connection, **settings)
         self.stall_s = stall_s
+        self.is_leaving = False
+        """Whether every answer is the last one of its connection."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called for every connection that has ended."""
 
 
 class Connection(HttpToolsProtocol):
@@ -56,6 +61,7 @@ class Connection(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
         super().connection_lost(exc)
+        self.config.on_lost()
 
     # ---- what the client sends -----------------------------------------------------------------------------------
 
@@ -63,6 +69,11 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
         self._expect_more()
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.config.is_leaving and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)

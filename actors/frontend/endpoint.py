@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from .answer import Answer, Backend, Prepared, build_answer, prepare, wanted_id
+from .answer import Answer, Backend, Prepared, build_answer, given_id, prepare
 from .errors import ApiError, as_api_error
 from .failover import Failover
 from .generation import Outbox, Sequence, run_sequence
@@ -31,6 +31,7 @@ log = logging.getLogger("callboard.frontend")
 CONNECTION = "callboard.connection"
 """Where an ASGI scope holds the client's connection (connection.py)."""
 _DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = {char.encode(): f"\\u{ord(char):04x}".encode() for char in "\x85\u2028\u2029"}
 _PATIENCE = 4
 """How many times the size limit a body may have and still be read to its end."""
 
@@ -80,8 +81,8 @@ class Endpoint:
         except Exception as error:
             return await send_error(send, reported(error))
         prefix = self._shape.id_prefix
-        wanted = self._wanted_id(prepared) or wanted_id(scope["headers"], prefix, self._backend.node)
-        ids = self._backend.claim_ids(wanted, prepared.num_sequences)
+        given = self._wanted_id(prepared) or given_id(scope["headers"])
+        ids = self._backend.claim_ids(given, prepared.num_sequences, prefix)
         try:
             trace.request_id = ids[0]
             answer = build_answer(prepared, self._backend, ids, prefix, scope["headers"], observed, trace)
@@ -185,7 +186,15 @@ class Endpoint:
             events.append(self._event(answer.reply(self._shape.chunk_object, [choice], usage)))
 
     def _event(self, reply: Reply) -> bytes:
-        return b"data: " + self._encode(reply) + b"\n\n"
+        body = self._encode(reply)
+        return b"data: " + (body if body.isascii() else in_one_line(body)) + b"\n\n"
+
+
+def in_one_line(body: bytes) -> bytes:
+    """Return the same JSON without what some clients take for the end of a line, such as httpx's ``aiter_lines``."""
+    for char, escaped in _LINE_ENDS.items():
+        body = body.replace(char, escaped)
+    return body
 
 
 async def send_error(send: Send, error: ApiError, request_id: str | None = None, *, allow: bytes | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the directory knows of a fleet, as metrics: made anew at each scrape from the frontend's view of it."""
+"""What the directory knows of a fleet, as metrics: made anew at each scrape."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -73,18 +73,17 @@ def counter(stem: str, text: str, labels: list[str], samples: Iterable[Sample]) 
 
 
 class FleetCollector(Collector):
-    """The entries of ``view``, and the links of ``node``."""
+    """The entries of the directory, as ``entries`` returns them."""
 
-    def __init__(self, node: Node, view: DirectoryView) -> None:
-        self._node = node
-        self._view = view
+    def __init__(self, entries: Callable[[], tuple[Entry, ...]]) -> None:
+        self._entries = entries
 
     def collect(self) -> Iterator[Metric]:
-        entries = self._view.entries()
+        entries = self._entries()
         yield from self._actors(entries)
         yield from self._engines([entry for entry in entries if entry.kind == "engine"])
         yield from self._pools([entry for entry in entries if entry.kind == "kv_manager"])
-        yield from self._bus(entries)
+        yield from self._strangers(entries)
 
     def _actors(self, entries: tuple[Entry, ...]) -> Iterator[Metric]:
         named = [(entry, [entry.name, entry.kind]) for entry in entries]
@@ -136,7 +135,7 @@ class FleetCollector(Collector):
         for stem, text, of in COUNTERS_OF_POOLS:
             yield counter(stem, text, labels, [([pool.name], of(pool.counters)) for pool in pools])
 
-    def _bus(self, entries: tuple[Entry, ...]) -> Iterator[Metric]:
+    def _strangers(self, entries: tuple[Entry, ...]) -> Iterator[Metric]:
         strangers: dict[str, int] = {}
         for entry in entries:
             node = entry.address.node
@@ -147,6 +146,16 @@ class FleetCollector(Collector):
             ["node"],
             [([node], number) for node, number in strangers.items()],
         )
+
+
+class NodeCollector(Collector):
+    """The links of a frontend's node, and what it hears of the directory."""
+
+    def __init__(self, node: Node, view: DirectoryView) -> None:
+        self._node = node
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
         own = [self._node.name]
         num_links, num_refused = self._node.num_links, self._node.num_refused
         yield gauge("bus_links", "Nodes that the frontend's node is linked to.", ["node"], [(own, num_links)])

@@ -1,7 +1,7 @@
 """The frontend actor: an OpenAI-compatible HTTP server in front of one router or several.
 
 It tokenises, asks a router for token ids, and makes text of them; it knows nothing of engines but whether there
-are any.
+are any. Several may serve one port, each in a process of its own.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,18 @@ import msgspec
 from prometheus_client.registry import Collector
 
 from callboard.actors.actor import Actor
+from callboard.actors.frontend_protocol import CannotDrain, Drained, DrainFrontend, FrontendMetrics, GetFrontendMetrics
 from callboard.actors.protocol import Entry
 from callboard.actors.registration import DirectoryView, Registration
 from callboard.actors.stats_protocol import FrontendStats, GetFrontendStats
 from callboard.bus import Address, Refusal
 
 from .answer import Backend
-from .fleet_metrics import FleetCollector
+from .draining import Draining
+from .fleet_metrics import FleetCollector, NodeCollector
 from .health import health_routes
-from .http import HttpServer, bind, build_app
+from .http import HttpServer, build_app
+from .listener import bind
 from .metrics import Exposition, RequestCollector, metrics_route
 from .microserving import microserving_routes
 from .microserving_door import EngineDoor
@@ -26,6 +29,7 @@ from .observed import RequestMetrics
 from .prompts import Model
 from .router_metrics import RouterCollector
 from .routers import Routers
+from .shared_port import PortShare, SharedPort
 from .tokenizer import Tokenizer, TokenizerMissing
 
 
@@ -33,6 +37,12 @@ class CannotServe(Refusal):
     """A model cannot be served as configured. Fields: model, reason."""
 
     sentence = "model {model!r} cannot be served: {reason}"
+
+
+class StillStarting(Refusal):
+    """A frontend that is asked before it serves: the directory knows the one before it. Fields: frontend."""
+
+    sentence = "{frontend} is starting"
 
 
 class ServedModel(msgspec.Struct, frozen=True):
@@ -69,6 +79,8 @@ class Frontend(Actor):
         """How long requests may go on when the frontend is stopped."""
         stall_s: float = 30.0
         """A client that takes nothing of its answer for so long is cut off, and its request cancelled."""
+        shared: SharedPort | None = None
+        """Where others accept at the port, too; ``host`` and ``port`` only say then where it is."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -79,6 +91,9 @@ class Frontend(Actor):
         self._routers: Routers
         self._door: EngineDoor
         self._server: HttpServer | None = None
+        self._share: PortShare | None = None
+        self._exposition: Exposition
+        self._draining: Draining | None = None
         self._is_stopping = False
 
     @property
@@ -90,12 +105,13 @@ class Frontend(Actor):
     async def start(self) -> None:
         """Bind, load the tokenizers, serve. Raises PortTaken, CannotListen, CannotServe."""
         config = self.config
-        bound = bind(config.host, config.port)
+        self._view = None if self.directory is None else DirectoryView(self)
+        self._share = self._meet()
+        bound = bind(config.host, config.port) if self._share is None else self._share.listener
         try:
             for name, served in config.models.items():
                 self._models[name] = await self._load(name, served)
             metrics = RequestMetrics(self._models, self.node.clock.now)
-            self._view = None if self.directory is None else DirectoryView(self)
             self._routers = Routers(self.node, self._view, only=config.router, names=config.routers)
             self._backend = Backend(
                 node=self.node,
@@ -106,11 +122,10 @@ class Frontend(Actor):
                 patience_s=config.patience_s,
                 max_body_bytes=config.max_body_bytes,
                 metrics=metrics,
+                claimed=None if self._share is None else self._share.claimed,
             )
-            collectors: list[Collector] = [RequestCollector(metrics), RouterCollector(self._routers)]
-            if self._view is not None:
-                collectors.append(FleetCollector(self.node, self._view))
-            more = [*health_routes(self.unready), metrics_route(Exposition(self.node, *collectors))]
+            self._exposition = self._metrics(metrics)
+            more = [*health_routes(self.unready), metrics_route(self._exposition)]
             if config.microserving and self._view is not None:
                 self._door = EngineDoor(self._backend, self._view, self.spawn)
                 more += microserving_routes(self._door)
@@ -119,11 +134,16 @@ class Frontend(Actor):
             bound.close()
             raise
         self.port = bound.getsockname()[1]
-        self._server = HttpServer(app, bound, grace_s=config.grace_s, stall_s=config.stall_s)
-        self.spawn(self._server.serve())
+        server = self._server = HttpServer(
+            app, bound, grace_s=config.grace_s, stall_s=config.stall_s, share=self._share
+        )
+        self.spawn(server.serve())
         address = self.node.address_of(self.name)
         detail = {"url": self.url, "models": ", ".join(config.models)}
-        Registration(self, Entry(name=self.name, kind="frontend", address=address, detail=detail))
+        entry = Registration(self, Entry(name=self.name, kind="frontend", address=address, detail=detail))
+        if (share := self._share) is not None:
+            others, clock = share.others.ready, self.node.clock
+            self._draining = Draining(self.name, server, entry, clock, others=others, spawn=self.spawn)
 
     async def stop(self) -> None:
         self._is_stopping = True
@@ -151,8 +171,39 @@ class Frontend(Actor):
         return missing
 
     def on_get_frontend_stats(self, message: GetFrontendStats) -> FrontendStats:
-        assert self._backend is not None, "it has started"
+        if self._server is None or self._backend is None:
+            raise StillStarting(frontend=self.name)
         return self._backend.metrics.stats()
+
+    def on_get_frontend_metrics(self, message: GetFrontendMetrics) -> FrontendMetrics:
+        if self._server is None:
+            raise StillStarting(frontend=self.name)
+        return self._exposition.told()
+
+    async def on_drain_frontend(self, message: DrainFrontend) -> Drained:
+        if self._server is None:
+            raise StillStarting(frontend=self.name)
+        if self._draining is None:
+            raise CannotDrain(frontend=self.name, reason="it is the only one")
+        return await self._draining.drain()
+
+    def _meet(self) -> PortShare | None:
+        """Return this frontend's share of a port that it has with others, None for one of its own."""
+        if self.config.shared is None:
+            return None
+        assert self._view is not None, "several frontends are of a fleet"
+        assert self.directory is not None, "so they have its directory"
+        name, node = self.name, self.node
+        return PortShare(self.config.shared, name=name, node=node, view=self._view, directory=self.directory)
+
+    def _metrics(self, metrics: RequestMetrics) -> Exposition:
+        own: list[Collector] = [RequestCollector(metrics), RouterCollector(self._routers)]
+        if self._view is None:
+            return Exposition(self.node, own=own)
+        others = None if self._share is None else self._share.others
+        own.append(NodeCollector(self.node, self._view))
+        fleet = FleetCollector(self._view.entries if others is None else others.last_entries)
+        return Exposition(self.node, own=own, fleet=[fleet], others=others, name=self.name)
 
     async def _load(self, name: str, served: ServedModel) -> Model:
         try:

@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import hmac
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,16 +17,19 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import BaseRouteHandler, asgi
 from litestar.types import Receive, Scope, Send
 
-from callboard.bus import Node, Refusal
+from callboard.bus import Node
 
 from . import trace_context
+from .acceptor import Acceptor
 from .answer import Backend
-from .connection import HttpConfig
+from .connection import Connection, HttpConfig
 from .endpoint import Endpoint
 from .errors import ApiError, as_api_error
 from .health import health_response
+from .listener import BACKLOG
 from .requests import decode_chat, decode_completion
 from .responses import ChatShape, CompletionShape, ModelReply, ModelsReply
+from .shared_port import PortShare
 
 Missing = Callable[[], Sequence[str]]
 """Names the served models that have no ready engine."""
@@ -37,41 +39,6 @@ KEEP_ALIVE_S = 65
 """Longer than clients keep idle connections: whoever closes first must not be the server, or requests are lost."""
 LAST_WORDS_S = 2
 """How long a client may take to read the end of an answer that a stop cuts short."""
-UNSENT_BYTES = 16 << 10
-"""What the kernel takes beyond what the client's side has room for: else megabytes of tokens pass for read."""
-
-
-class CannotListen(Refusal):
-    """The address of the HTTP door cannot be had. Fields: host, port, reason."""
-
-    sentence = "cannot listen on {host}:{port}: {reason}"
-
-
-class PortTaken(CannotListen):
-    """Somebody listens there already. Fields: host, port."""
-
-    sentence = "port {port} on {host} is taken: stop what listens there, or choose another port"
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises PortTaken, CannotListen."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise CannotListen(host=host, port=port, reason=error.strerror) from None
-    bound = socket.socket(family, kind, protocol)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)  # Connections inherit it.
-        bound.bind(address)
-        bound.listen(2048)
-        bound.setblocking(False)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortTaken(host=host, port=port) from None
-        raise CannotListen(host=host, port=port, reason=error.strerror or str(error)) from None
-    return bound
 
 
 def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str], more: Sequence[Any] = ()) -> Litestar:
@@ -116,10 +83,21 @@ def build_app(backend: Backend, missing: Missing, api_keys: Sequence[str], more:
 
 
 class HttpServer:
-    """Uvicorn on a socket that is bound already, as a coroutine that an actor owns."""
+    """Uvicorn on a socket that is bound already, as a coroutine that an actor owns.
 
-    def __init__(self, app: Litestar, bound: socket.socket, *, grace_s: int, stall_s: float) -> None:
-        config = HttpConfig(
+    With a ``share`` others accept at that socket, too (acceptor.py).
+    """
+
+    def __init__(
+        self,
+        app: Litestar,
+        bound: socket.socket,
+        *,
+        grace_s: int,
+        stall_s: float,
+        share: PortShare | None = None,
+    ) -> None:
+        self._config = HttpConfig(
             app,
             stall_s=stall_s,
             loop="none",  # the loop that runs already
@@ -131,18 +109,33 @@ class HttpServer:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=grace_s + LAST_WORDS_S,
-            backlog=2048,
+            backlog=BACKLOG,
         )
-        self._server = _Uvicorn(config)
+        self._server = _Uvicorn(self._config)
         self._grace_s = grace_s
         self._socket = bound
+        self._share = share
         self._ended = asyncio.Event()
 
     async def serve(self) -> None:
         """Serve until ``stop`` is called."""
         try:
-            await self._server.serve(sockets=[self._socket])
+            if self._share is None:
+                await self._server.serve(sockets=[self._socket])
+            else:
+                async with asyncio.TaskGroup() as group:
+                    self._server.acceptor = Acceptor(
+                        self._socket,
+                        self._share.counts,
+                        others=self._share.places,
+                        open=self._server.open,
+                        spawn=group.create_task,
+                    )
+                    self._config.on_lost = self._server.acceptor.lost
+                    await self._server.serve(sockets=[])
         finally:
+            if self._server.acceptor is not None:
+                self._server.acceptor.close()
             self._socket.close()
             self._ended.set()
 
@@ -156,15 +149,70 @@ class HttpServer:
             cut_short()
             await self._ended.wait()
 
+    @property
+    def num_requests(self) -> int:
+        """How many are being answered, of all kinds."""
+        return len(self._server.server_state.tasks)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being answered, or something of an answer waits here for its client to take it."""
+        connections = self._server.server_state.connections
+        return self.num_requests > 0 or any(each.transport.get_write_buffer_size() for each in connections)
+
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is asked."""
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """While the body runs take no new connections, and have each that is open end with its next answer."""
+        acceptor = self._server.acceptor
+        assert acceptor is not None, "others take what comes"
+        acceptor.stop()
+        self._config.is_leaving = True
+        for connection in self._server.server_state.connections:
+            assert isinstance(connection, Connection), "HttpConfig says so"
+            if connection.cycle is not None and not connection.cycle.response_started:
+                connection.cycle.keep_alive = False
+        try:
+            yield
+        finally:
+            self._config.is_leaving = False
+            if not self._server.should_exit:
+                acceptor.start()
+
 
 class _Uvicorn(uvicorn.Server):
     def __init__(self, config: HttpConfig) -> None:
         super().__init__(config)
+        self.acceptor: Acceptor | None = None
+        """Of a socket at which others accept, too: Uvicorn has none of its own then."""
         self._exit = asyncio.Event()
 
     def end(self) -> None:
         self.should_exit = True
         self._exit.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.acceptor is not None:
+            self.acceptor.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.acceptor is not None:
+            self.acceptor.close()
+        await super().shutdown(sockets=sockets)
+
+    async def open(self, accepted: socket.socket) -> None:
+        """Serve a connection that was accepted."""
+        loop = asyncio.get_running_loop()
+
+        def make() -> asyncio.Protocol:
+            return Connection(self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
+
+        await loop.connect_accepted_socket(make, accepted)
 
     async def main_loop(self) -> None:
         """Wake up once a second for the Date header, not ten times to look whether to exit."""

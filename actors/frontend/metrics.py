@@ -2,20 +2,22 @@
 
 Names, units and labels are those of vLLM, with the prefix ``callboard_``. Nothing of a request's content is in them.
 An engine's or a manager's counters begin at 0 with each start of it, and a frontend's with the frontend's.
+Of several frontends whichever is scraped tells of all (all_metrics.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from litestar import Request, Response, get
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from callboard.actors.frontend_protocol import FrontendMetrics
 from callboard.bus import Node
 
+from .all_metrics import OtherFrontends, merged, told
 from .fleet_metrics import gauge
 from .histogram import Totals
 from .observed import ModelMetrics, RequestMetrics
@@ -90,13 +92,29 @@ class Snapshot(Collector):
 
 
 class Exposition:
-    """A registry of this frontend's own, and its text. ``collectors`` are asked at each scrape."""
+    """The metrics of one fleet, as text; collectors are asked at each scrape.
 
-    def __init__(self, node: Node, *collectors: Collector) -> None:
+    ``own`` are of this frontend, ``fleet`` of all. With ``others`` it tells what each frontend has counted.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        own: Sequence[Collector],
+        fleet: Sequence[Collector] = (),
+        others: OtherFrontends | None = None,
+        name: str = "",
+    ) -> None:
         self._node = node
-        self._registry = CollectorRegistry(auto_describe=False)
-        for collector in (*collectors, ProcessCollector(registry=None)):
-            self._registry.register(collector)
+        self._own = (*own, ProcessCollector(registry=None))
+        self._fleet = tuple(fleet)
+        self._others = others
+        self._name = name
+
+    def told(self) -> FrontendMetrics:
+        """Return what this frontend has counted itself."""
+        return told(self._collect(self._own))
 
     async def render(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics and their content type: OpenMetrics for whoever accepts it, else Prometheus' text."""
@@ -105,7 +123,17 @@ class Exposition:
         except (ValueError, TypeError):  # A version that is none.
             encode, content_type = generate_latest, CONTENT_TYPE_PLAIN_0_0_4
         # Not on the loop: the text of some hundred engines takes longer than a token may be late.
-        return await self._node.run_blocking(encode, Snapshot(self._registry.collect())), content_type
+        return await self._node.run_blocking(encode, Snapshot(await self._families())), content_type
+
+    async def _families(self) -> list[Metric]:
+        if self._others is None:
+            return [*self._collect(self._own), *self._collect(self._fleet)]
+        found = await self._others.metrics()
+        return [*merged({self._name: self.told(), **found}), *self._collect(self._fleet)]
+
+    def _collect(self, collectors: Sequence[Collector]) -> Iterator[Metric]:
+        for collector in collectors:
+            yield from collector.collect()
 
 
 def metrics_route(exposition: Exposition) -> Any:

@@ -1,7 +1,8 @@
 """Reservations that clients of the microserving door hold between two of its calls, and how they name them.
 
 A client names a reservation by a string that it does not look into: manager, epoch and id, which are all that is
-believed of it. Everything else about the reservation is kept here; its lease, at its manager, ends it if nobody comes.
+believed of it. Everything else about the reservation is kept here, because what a client sends must not say where KV
+managers dial, or how pages are laid out; its lease, at its manager, ends it if nobody comes.
 """
 
 import base64

@@ -1,7 +1,8 @@
 """What OpenAI's clients send, checked once: by msgspec for types and ranges, and here for what msgspec cannot say.
 
 Parts of OpenAI's interface that are not there are refused by name, never ignored: a client would take the answer for
-what it asked for. Unknown fields are ignored, as OpenAI does. Extensions: ``top_k``, ``ignore_eos``, ``priority``.
+what it asked for. Unknown fields are ignored, as OpenAI does. Extensions: ``top_k``, ``ignore_eos``, ``priority``, and
+``return_token_ids``, named as in vLLM: text does not say which tokens it was.
 """
 
 import re

@@ -1,5 +1,8 @@
 """remote_send: get the KV of a prompt's beginning in place here, and write a range of it into another pool.
 
+It comes here and not to the engine, so that a prefix that is all cached is sent although the engine is busy, or dead.
+Computing costs no extra hop: the engine gets its blocks with the request. A repeat joins the first, or gets its answer.
+
 What is cached leaves at once; the rest leaves layer by layer while an engine computes it. Two promises are kept to
 the end, whatever fails in between: the receiver hears that the write is over, and no block is lent to anybody while
 an engine may still write into it.

@@ -1,7 +1,7 @@
 """The ties of other KV managers to this one: which of the processes that write into its pool are alive.
 
 While a tie stands, its writer's process is known to live; when it breaks because that process died, all its writes are
-over. The other side is peers.py.
+over. By what opens and closes writes a slow writer cannot be told from a dead one. The other side is peers.py.
 """
 
 import asyncio

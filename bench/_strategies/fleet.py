@@ -39,8 +39,6 @@ LEASE_S = 120.0
 MOST_QUEUED = 4096
 ROLES = ("prefill", "decode")
 SEEN_S = 0.03
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that spin at barriers take many times as long where anything else runs on their cores, and here it does."""
 SIMULATION = Simulation(seconds_per_step=1e-3, seconds_per_prefill_token=2e-5, seconds_per_decode=1e-4)
 
 
@@ -211,7 +209,7 @@ async def running_fleet(
     is_simulated: bool = False,
 ) -> AsyncIterator[Fleet]:
     """Start everything, and end everything."""
-    supervisor = Supervisor(environment={**ENVIRONMENT, **os.environ}, grace_s=5.0)
+    supervisor = Supervisor(environment=os.environ, grace_s=5.0)
     cores = cores_here()
     limit = read_model_config(model).max_model_len
     names = {"path": str(model), "max_model_len": limit}

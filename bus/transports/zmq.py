@@ -285,7 +285,7 @@ class ZmqTransport:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        # Bounds each part of a message. What bounds their number is who may connect (ARCHITECTURE.md, Security):
+        # Bounds each part of a message. What bounds their number is who may connect (SECURITY.md):
         # ZeroMQ keeps all parts of an unfinished message, past every high-water mark, until its sender is gone.
         socket.setsockopt(zmq.MAXMSGSIZE, self.max_message_bytes)
         socket.setsockopt(zmq.HANDSHAKE_IVL, self._handshake_ms)

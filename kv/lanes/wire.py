@@ -1,7 +1,7 @@
 """What carries packed pages between two processes: an outlet here, an inlet there, and nothing but bytes under tags.
 
 UCX is one (ucx.py); tests have others. Neither end addresses the other's memory: the receiver says where each message
-goes, into a buffer of its own.
+goes, into a buffer of its own. Messages are announced over the bus, so that keys, deadlines and liveness are its alone.
 """
 
 from collections.abc import Awaitable, Callable

@@ -2,6 +2,7 @@
 
 How often a prefix is asked for only routers know; where it is cached only KV managers do, who evict, restart, and serve
 other routers. So the tree says what is hot, and holders are asked for when somebody wants to know (Fleet.hot_prefixes).
+Events of the managers would cost a message a block, and say nothing of hits.
 """
 
 import math

@@ -10,6 +10,7 @@ import logging
 from callboard.actors.protocol import Generate, SamplingParams
 from callboard.actors.route_protocol import BackgroundReport
 from callboard.bus import BusError
+from callboard.bus.watchdog import Hung
 from callboard.router.attempt import Attempt
 from callboard.router.background import Background
 from callboard.router.errors import ScriptError
@@ -87,7 +88,7 @@ class _Rounds:
                 if work.every_s is None:
                     return
                 await clock.sleep(work.every_s)
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
+            except (Exception, SystemExit, asyncio.CancelledError, Hung, BaseExceptionGroup) as error:
                 if isinstance(error, asyncio.CancelledError) and (self._is_over or is_being_cancelled()):
                     raise
                 self._failed(error)

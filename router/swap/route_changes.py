@@ -28,8 +28,10 @@ from callboard.actors.route_protocol import (
 from callboard.actors.route_protocol import Routes as RoutesReport
 from callboard.bus import BusError
 from callboard.bus.errors import words_of
+from callboard.bus.limited import LimitedWork, Unfinished
 from callboard.router.errors import RouteRefused, ScriptError
-from callboard.router.script import Script
+from callboard.router.guest import guest_of
+from callboard.router.script import LOAD_S, Script, unfinished
 from callboard.router.shared import Shared
 
 from .routes import Routes
@@ -38,11 +40,11 @@ log = logging.getLogger("callboard.router")
 
 PREPARED_S = 10.0
 """How long a prepared change keeps others out."""
-LOAD_S = 10.0
-"""How long the code of a script outside of its functions may run."""
 ASK_S = 2.0
 RETRY_S = 0.2
 MOST_IGNORED = 1000
+MOST_LEFT = 4
+"""Scripts whose loading did not end, each of which keeps a thread."""
 START_S = 1.0
 """How long a router that starts waits for what others run."""
 
@@ -67,11 +69,13 @@ class RouteChanges(Actor):
     _problem: str = ""
     _ignored: dict[str, None]
     """Ids of changes of other routers that are not for this one, or cannot be loaded here."""
+    _left: list[LimitedWork[dict[int, Script]]]
+    """What was to load scripts, and has not ended."""
     _catching_up: "asyncio.Task[None] | None" = None
 
     async def start_routes(self, shared: Shared) -> None:
         """Begin to serve, with what other routers run if that is newer."""
-        self._ignored = {}
+        self._ignored, self._left = {}, []
         self.routes.is_locked = self.is_preparing
         await self._catch_up_at_start()
         self.routes.start(shared)
@@ -157,17 +161,32 @@ class RouteChanges(Actor):
 
     async def _load(self, change: RouteChange) -> dict[int, Script] | ScriptError:
         # In a thread: requests go on while modules are imported.
+        path: str = (change.trial or change.active).path
+        line: int | None = None
+        self._left = [work for work in self._left if work.is_going_on]
+        if len(self._left) >= MOST_LEFT:
+            reason = f"the code of {MOST_LEFT} earlier scripts still has not ended that was to load them"
+            return ScriptError(file=path, line=line, reason=reason, remedy="Restart the router")
+        work = self.node.limited(self.routes.load, change)
         try:
-            async with asyncio.timeout(LOAD_S):
-                return await self.node.run_blocking(self.routes.load, change)
+            return await work.result(LOAD_S, guest_of)
         except ScriptError as error:
             return error
-        except TimeoutError:
-            reason = f"loading it did not end within {LOAD_S:.0f} s"
+        except asyncio.CancelledError:
+            self._left.append(work)
+            raise
+        except Unfinished as error:
+            path, line = error.file or path, error.line
+            if not work.is_going_on:
+                return unfinished(path, line, LOAD_S)
+            self._left.append(work)
+            reason = f"its code outside of functions did not end within {LOAD_S:.0f} s, and still goes on in a thread"
+            remedy = "Only definitions and imports belong there"
+            log.error("%s:%s: %s", path, line, reason)
         except Exception as error:  # A script's objects may do anything while they are looked at.
             reason = f"it cannot be loaded: {words_of(error)}"
-        remedy = "Only definitions and imports belong outside of route"
-        return ScriptError(file=(change.trial or change.active).path, line=None, reason=reason, remedy=remedy)
+            remedy = "Only definitions and imports belong outside of route"
+        return ScriptError(file=path, line=line, reason=reason, remedy=remedy)
 
     # ---- heard from other routers --------------------------------------------------------------------------------
 

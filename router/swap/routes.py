@@ -14,15 +14,18 @@ import msgspec
 from callboard.actors import route_protocol
 from callboard.actors.protocol import Generate
 from callboard.actors.route_protocol import MOST_TEXT, RouteChange, RouteRecord, ScriptText
+from callboard.bus.watchdog import Hung
 from callboard.router.errors import ScriptError
+from callboard.router.guest import Guest
 from callboard.router.request import Request
-from callboard.router.script import Script, load_text, read_script
+from callboard.router.script import Script, load_in_time, read_script
 from callboard.router.script_trace import in_one_line, trace_of
 from callboard.router.shared import Shared
 from callboard.router.spans import request_of
 from callboard.router.watching import Watching
 
 from .background_work import BackgroundWork
+from .ended import forget_ended, read_ended
 from .kept_routes import MOST_HISTORY, MOST_TEXTS_BYTES, KeptRoutes, read_kept, write_kept
 from .shadow import Shadow
 from .version import Version, record_of, report_of, without_sources
@@ -35,7 +38,9 @@ _HASH_RANGE = 1 << 64
 class Routes:
     """All versions of one router. Raises ScriptError where the first script cannot be loaded."""
 
-    def __init__(self, router: str, script: str, options: Mapping[str, Any], *, kept_at: str = "") -> None:
+    def __init__(
+        self, router: str, script: str, options: Mapping[str, Any], *, kept_at: str = "", load_s: float = 0.0
+    ) -> None:
         self.router = router
         self.on_change: Callable[[], None] = lambda: None
         """Called when something else runs."""
@@ -44,6 +49,8 @@ class Routes:
         self.watcher: Callable[[Shared, Request], Watching | None] | None = None
         """Watches every run, in place of a shadow's watch: for a dry run."""
         self._kept_at = kept_at
+        self._load_s = load_s
+        """How long the code of a script outside of its functions may run where all else waits for it; 0: for ever."""
         self._shared: Shared | None = None
         self._versions: dict[int, Version] = {}
         self._texts: dict[int, ScriptText] = {}
@@ -51,10 +58,11 @@ class Routes:
         self._shadow: Shadow | None = None
         self._active: Version
         self._canary: Version | None = None
+        self._num_hung = 0
         first = msgspec.structs.replace(read_script(script, options), number=1)
         self.change = RouteChange(1, "", "started", first, routers=(router,))
         if not self._resume():
-            self._take(self.change, {1: load_text(first)})
+            self._take(self.change, {1: self._load(first)})
 
     def start(self, shared: Shared) -> None:
         """Begin to serve: the background work of what is active starts."""
@@ -62,6 +70,7 @@ class Routes:
         if not self.change.at:
             self.change = msgspec.structs.replace(self.change, at=shared.node.clock.wall())
             self._history[-1] = record_of(self.change)
+        self._judge_end()
         self._tend()
 
     # ---- for every request ---------------------------------------------------------------------------------------
@@ -107,9 +116,24 @@ class Routes:
                 version.ended(request.id, is_failure=False)
             return
         version.last_error = trace_of(script.path, script.source, failure)
-        num_failures = version.ended(request.id, is_failure=True)
+        self._failed(version, request.id)
+
+    def _failed(self, version: Version, request_id: str) -> None:
+        num_failures = version.ended(request_id, is_failure=True)
         if self.change.max_failures and num_failures >= self.change.max_failures and not self.is_locked():
             self._roll_back(version)
+
+    def hung(self, hung: Hung) -> None:
+        """Note that a script's code was interrupted, which kept the loop; what failed a request is counted already."""
+        guest: Guest = hung.guest
+        version = self._versions.get(guest.number)
+        if hung.is_told or version is None:
+            return
+        version.last_error = trace_of(version.script.path, version.script.source, hung)
+        what = "script %s (version %d) was interrupted outside of its requests: %s"
+        log.error(what, guest.name, guest.number, in_one_line(version.last_error))
+        self._num_hung += 1
+        self._failed(version, f"hung/{self._num_hung}")
 
     def failure_of(self, request_id: str) -> str:
         """Return the active script's traceback if a request is among the last that failed by it, else nothing."""
@@ -127,7 +151,10 @@ class Routes:
     def load(self, change: RouteChange) -> dict[int, Script]:
         """Load what of a change is not loaded yet. Raises ScriptError and changes nothing; may run in a thread."""
         texts = [change.active, *([] if change.trial is None else [change.trial])]
-        return {text.number: load_text(text) for text in texts if text.number not in self._versions}
+        return {text.number: self._load(text) for text in texts if text.number not in self._versions}
+
+    def _load(self, text: ScriptText) -> Script:
+        return load_in_time(text, seconds=self._load_s)
 
     def apply(self, change: RouteChange, loaded: Mapping[int, Script]) -> None:
         """Run what a change says from now on, and remember it."""
@@ -147,7 +174,7 @@ class Routes:
     def _take(self, change: RouteChange, loaded: Mapping[int, Script]) -> None:
         for text in (change.active, change.trial):
             if text is not None and text.number not in self._versions:
-                self._versions[text.number] = Version(text, loaded.get(text.number) or load_text(text))
+                self._versions[text.number] = Version(text, loaded.get(text.number) or self._load(text))
         for text in (change.active, change.trial, change.before):
             if text is not None:
                 self._texts[text.number] = text
@@ -179,15 +206,20 @@ class Routes:
             del self._versions[number]
 
     def _roll_back(self, version: Version) -> None:
-        change, shared = self.change, self._shared
-        assert shared is not None
         is_canary = version is self._canary
-        if not is_canary and not (version is self._active and change.is_new and change.before is not None):
+        if not is_canary and not (version is self._active and self.change.is_new and self._earlier() is not None):
             return
-        version.is_rolled_back = True
-        active = change.active if is_canary or change.before is None else change.before
         what = "script %s (version %d) failed in %d of its last %d requests and is rolled back: %s"
         log.error(what, version.script.name, version.number, *version.judged(), in_one_line(version.last_error))
+        self._go_back(version)
+
+    def _go_back(self, version: Version) -> None:
+        """End a trial, or return from the active script to what was before it."""
+        change, shared = self.change, self._shared
+        assert shared is not None
+        is_canary = version is not self._active
+        version.is_rolled_back = True
+        active = change.active if is_canary else self._earlier() or change.active
         back = RouteChange(
             change.epoch + 1,
             shared.node.new_id(),
@@ -205,6 +237,47 @@ class Routes:
             self.apply(back, self.load(back))
         except ScriptError as error:
             log.error("script %s cannot be loaded any more, its successor goes on: %s", active.name, error)
+
+    def _earlier(self) -> ScriptText | None:
+        """Return what the active script is rolled back to: the last before it that is not the same once more."""
+        active, found = self.change.active, self.change.before
+        seen: set[int] = set()
+        while found is not None and msgspec.structs.replace(found, number=active.number) == active:
+            seen.add(found.number)
+            found = self.before(found.number)
+            if found is not None and found.number in seen:
+                return None
+        return found
+
+    def _judge_end(self) -> None:
+        """Go back from a script that has ended the process before this one: it would end this one, too."""
+        ended = read_ended(self.ended_at) if self._kept_at else None
+        if ended is None:
+            return
+        forget_ended(self.ended_at)
+        change = self.change
+        found = ended.text_of(text for text in (change.trial, change.active) if text is not None)
+        if found is None:
+            what = "the process before this one was ended because it stood still: %s"
+            log.error(what, ended.where())
+            return
+        text, line = found
+        version = self._versions[text.number]
+        source = text.source.splitlines()[line - 1 : line]
+        version.last_error = f"{text.path}:{line}: {''.join(source).strip()}\nit did not end, and its process was ended"
+        is_last = version is self._active and self._earlier() is None
+        then = "it is rolled back"
+        if is_last or not change.max_failures:
+            then = "there is no earlier one: it goes on" if is_last else "it is not to be rolled back, and goes on"
+        what = "script %s (version %d) has ended the process before this one, and %s: %s"
+        log.error(what, text.name, text.number, then, in_one_line(version.last_error))
+        if not is_last and change.max_failures:
+            self._go_back(version)
+
+    @property
+    def ended_at(self) -> str:
+        """The file that says what ended this process, for the next one; empty: there is none."""
+        return f"{self._kept_at}.ended" if self._kept_at else ""
 
     def before(self, number: int) -> ScriptText | None:
         """Return what a version that is returned to would be rolled back to: as it was when it became active first."""

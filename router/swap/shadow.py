@@ -17,12 +17,13 @@ from callboard.actors.protocol import Probe, Reserved, StartGenerate
 from callboard.actors.route_protocol import Differing, ShadowReport
 from callboard.bus import Address
 from callboard.bus.clock import Clock
+from callboard.bus.watchdog import Hung
 from callboard.router.attempt import Attempt
 from callboard.router.fleet import Fleet
 from callboard.router.known.loads import Loads
 from callboard.router.request import Request
 from callboard.router.script import Script
-from callboard.router.script_trace import trace_of
+from callboard.router.script_trace import first_cause, trace_of
 from callboard.router.shared import Shared
 from callboard.router.spans import Spans
 
@@ -62,6 +63,8 @@ class Watch:
         """None until the shadow has ended well."""
         self.is_finished = False
         """Its last token has come."""
+        self.is_moved = False
+        """Something of it was handed over to another engine: what that asked for is among its decisions."""
         self.has_ended = False
         self.is_shadow_over = False
         self._cached: dict[Address, int] = {}
@@ -118,7 +121,7 @@ class Shadow:
     def __init__(self, script: Script) -> None:
         self.script = script
         self._num_running = 0
-        self._counts = dict.fromkeys(("compared", "agreed", "skipped", "unlike", "failed"), 0)
+        self._counts = dict.fromkeys(("compared", "agreed", "skipped", "unlike", "failed", "moved"), 0)
         self._last_error = ""
         self._differing: deque[Differing] = deque(maxlen=NUM_DIFFERING)
         self._is_stopped = False
@@ -136,6 +139,7 @@ class Shadow:
             counts["failed"],
             self._last_error,
             tuple(self._differing),
+            counts["moved"],
         )
 
     def watch(self, shared: Shared, request: Request) -> Watch | None:
@@ -171,8 +175,9 @@ class Shadow:
                 )
                 await _Timed(self._decide(shared, request), shared.node.clock, self._spend)
             watch.shadow_decisions = node.decisions
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except (Exception, SystemExit, KeyboardInterrupt, Hung, BaseExceptionGroup) as error:
             self._counts["failed"] += 1
+            self._is_stopped |= isinstance(first_cause(error), Hung)
             self._last_error = trace_of(self.script.path, self.script.source, error)
         finally:
             self._num_running -= 1
@@ -202,6 +207,9 @@ class Shadow:
             return
         if not watch.is_finished:
             self._counts["unlike"] += 1
+            return
+        if watch.is_moved:  # The router did, because an engine drains, or the script, for which a shadow has no tokens.
+            self._counts["moved"] += 1
             return
         self._counts["compared"] += 1
         if watch.decisions == watch.shadow_decisions:

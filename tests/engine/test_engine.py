@@ -49,10 +49,10 @@ class Running:
         self.engine = Engine(config)
         self.ref = self.client.ref((await start_actor(self.engine_node, "e", self.engine)).address)
 
-    def request(self, prompt, request_id=None, **sampling):
+    def request(self, prompt, request_id=None, attempt=0, **sampling):
         self.num_requests += 1
         name = request_id or f"r{self.num_requests}"
-        return StartGenerate(name, 0, pack_tokens(prompt), SamplingParams(**sampling))
+        return StartGenerate(name, attempt, pack_tokens(prompt), SamplingParams(**sampling))
 
     async def generate(self, prompt, **options):
         async with self.ref.stream(self.request(prompt, **options), timeout=20) as items:
@@ -229,6 +229,17 @@ async def test_an_abort_ends_every_sequence_of_a_request_also_one_that_waits():
         assert all(isinstance(end, BadRequest) or end[-1].finish_reason == "abort" for end in ends)
         await run.ref.ask(Abort("a"))
         await run.assert_all_free()
+
+
+async def test_an_abort_of_one_attempt_leaves_those_beside_it():
+    async with running(simulated=Simulation(seconds_per_step=0.002)) as run:
+        first = asyncio.ensure_future(run.generate(prompt_of(9), request_id="a", max_tokens=500))
+        later = asyncio.ensure_future(run.generate(prompt_of(9), request_id="a", attempt=1, max_tokens=40))
+        await run.until(lambda: len(run.engine.scheduler) == 2)
+        await run.ref.ask(Abort("a", 0))
+        end, whole = await asyncio.gather(first, later, return_exceptions=True)
+        assert isinstance(end, BadRequest) or end[-1].finish_reason == "abort"
+        assert (whole[-1].finish_reason, len(whole)) == ("length", 40)
 
 
 async def test_a_reader_that_stalls_is_aborted_and_stalls_nobody():

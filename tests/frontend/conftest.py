@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,6 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from callboard.actors.actor import Actor, start_actor, stop_actor
 from callboard.actors.directory import Directory
 from callboard.actors.frontend.frontend import Frontend, ServedModel
+from callboard.actors.frontend.listener import bind
+from callboard.actors.frontend.shared_port import SharedPort
 from callboard.actors.frontend.tokenizer import Tokenizer
 from callboard.actors.protocol import Entry, Generate, Token, Usage
 from callboard.actors.registration import Registration
@@ -216,3 +219,44 @@ async def open_door(model_dir: Path, tokenizer: Tokenizer) -> AsyncIterator[Open
 @pytest.fixture
 async def door(open_door: OpenDoor) -> Door:
     return await open_door()
+
+
+@pytest.fixture
+async def open_doors(model_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    """Return a coroutine that starts several frontends at one port, before one router, and returns a Door for each."""
+    async with AsyncExitStack() as stack:
+
+        async def start(count: int, *, grace_s: int = 1, **settings: Any) -> list[Door]:
+            hub = InprocHub()
+
+            async def node(name: str) -> Node:
+                made = Node(name, endpoint=f"inproc://{name}", transport=hub.transport())
+                return await stack.enter_async_context(made)
+
+            async def add(name: str, actor: Actor) -> None:
+                place = await node(name)
+                await start_actor(place, name, actor, directory=place.ref(directory))
+                stack.push_async_callback(stop_actor, actor)
+
+            directory = (await start_actor(await node("directory"), "directory", Directory())).address
+            router = ScriptedRouter(tokenizer)
+            await add("main", router)
+            listener = stack.enter_context(bind("127.0.0.1", 0))
+            names = tuple(f"frontend-{index}" for index in range(count))
+            models, doors = {"tiny": ServedModel(str(model_dir), MAX_MODEL_LEN)}, []
+            for name in names:
+                shared = SharedPort(os.dup(listener.fileno()), names, str(tmp_path))
+                config = Frontend.Config(name=name, grace_s=grace_s, models=models, shared=shared, **settings)
+                frontend = Frontend(config)
+                await add(name, frontend)
+                http = await stack.enter_async_context(httpx.AsyncClient(base_url=frontend.url, timeout=20))
+                doors.append(Door(frontend, [router], http))
+            listener.close()  # As the launcher does before it ends them.
+            for door in doors:
+                stack.push_async_callback(door.openai.close)
+                known = door.frontend._view
+                await known.wait_for(lambda view: sum(entry.kind == "frontend" for entry in view.entries) == count)
+                await known.wait_for(lambda view: any(entry.kind == "router" for entry in view.entries))
+            return doors
+
+        yield start

@@ -1,6 +1,7 @@
 """The frontend as an actor: health, failures of the fleet, clients that leave or dawdle, its start and its end."""
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from waiting import PATIENCE_S
 from callboard.actors.actor import stop_actor
 from callboard.actors.directory import Directory
 from callboard.actors.frontend.frontend import ServedModel
-from callboard.actors.frontend.http import PortTaken
+from callboard.actors.frontend.listener import PortTaken
 from callboard.actors.protocol import BadRequest, Entry, Register
 from callboard.bus import ActorDied, AskTimeout, LinkLost, Refusal
 from callboard.kv.layout import OutOfBlocks
@@ -156,7 +157,7 @@ async def test_health_says_which_model_has_no_engine(open_door: Any) -> None:
 
 
 async def test_a_taken_port_fails_at_once_with_its_number(open_door: Any, door: Any) -> None:
-    from callboard.actors.frontend.http import bind
+    from callboard.actors.frontend.listener import bind
 
     with pytest.raises(PortTaken, match=str(door.frontend.port)):
         bind("127.0.0.1", door.frontend.port)
@@ -191,3 +192,14 @@ async def test_a_kept_connection_serves_many_requests(door: Any) -> None:
         assert (await door.complete()).status_code == 200
         assert (await door.complete(stream=True)).text.endswith("data: [DONE]\n\n")
     assert set(door.router.ended.values()) == {"done"}
+
+
+async def test_no_event_is_cut_by_clients_that_know_more_ends_of_lines(door: Any) -> None:
+    text = "one\u2028two\u2029three\x85four é"
+    door.router.says(text)
+    body = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 60}
+    async with door.http.stream("POST", "/v1/completions", json=body) as reply:
+        lines = [line async for line in reply.aiter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines), lines
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line != "data: [DONE]"]
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == text

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fleet import Fleet, Generated, running_fleet
+from swapping import change, changer, look
 
 from callboard.actors.engine.door import Door
 from callboard.actors.engine.simulated import SimulatedRunner, Simulation, simulated_tokens
@@ -12,6 +13,7 @@ from callboard.actors.move_protocol import GetLeaving, GetOccupied, Leaving, Occ
 from callboard.actors.protocol import SamplingParams
 from callboard.bus import VirtualClock
 from callboard.router.actor import RouterActor
+from callboard.router.script import read_script
 
 COSTS = Simulation(seconds_per_step=0.02, seconds_per_prefill_token=0.0005)
 LAYOUT = SimulatedRunner(COSTS).layout
@@ -222,3 +224,20 @@ async def test_what_is_too_long_for_the_other_engine_is_tried_ever_less_often_an
         # Within three seconds: after 0.5, 1.5 and 3.5 s.
         assert leaving.num_failed <= 3 * 8
         assert (await run.occupied("d1")).num_sequences == 0
+
+
+async def test_a_shadow_is_not_compared_with_requests_that_a_drain_moves() -> None:
+    async with drained_fleet() as run:
+        router = run.fleet.actors["main"]
+        assert isinstance(router, RouterActor)
+        await change(run.fleet, changer().try_script(read_script("disaggregate"), share=None), router)
+        run.begin()
+        await asyncio.sleep(0.5)
+        num_there = (await run.drain("d1")).num_sequences
+        await run.until("d1", lambda leaving: leaving.is_known and not leaving.num_requests)
+        await run.assert_all_is_right()
+        shadow = (await look(run.fleet, router)).shadow
+        assert shadow is not None
+        assert shadow.num_moved == num_there > 0
+        assert (shadow.num_compared, shadow.num_agreed) == (len(run.prompts) - num_there,) * 2
+        assert shadow.differing == ()

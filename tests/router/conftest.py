@@ -48,6 +48,7 @@ class NotingManager(Actor):
         self.calls: list[tuple[Any, ...]] = []
         self.num_cached = 0
         self.reserve_s = 0.0
+        self.release_s = 0.0
         self.wait_s: float | None = None
         self.error: Exception | None = None
         self.reserved: dict[str, KvAddr] = {}
@@ -78,8 +79,10 @@ class NotingManager(Actor):
         self.calls.append(("probe",))
         return Probed(self.num_cached, 10, 10)
 
-    def on_release(self, message: Release) -> Done:
+    async def on_release(self, message: Release) -> Done:
         self.calls.append(("release", message.kv.reservation_id))
+        if self.release_s:
+            await self.node.clock.sleep(self.release_s)
         self.reserved.pop(message.kv.reservation_id, None)
         return Done()
 
@@ -127,7 +130,7 @@ class NotingEngine(Actor):
             self.num_open -= 1
 
     def on_abort(self, message: Abort) -> Done:
-        self.calls.append(("abort", message.request_id))
+        self.calls.append(("abort", message.request_id, message.attempt))
         return Done()
 
 

@@ -196,3 +196,16 @@ async def test_a_stream_that_ends_without_its_last_token_goes_on_as_after_a_deat
     assert [len(engine.calls) for engine in fleet.engines.values()] == [1, 1]
     assert sum(each.num_failures for each in fleet.router.routes.report().versions) == 0
     assert fleet.is_clean()
+
+
+async def test_an_abort_names_the_attempt_that_asks_for_it(fleet, write_script):
+    body = """
+async def route(request: Request, fleet: Fleet):
+    async for token in fleet.engines[0].start_generate(request):
+        yield token
+    await fleet.engines[0].abort(request)
+"""
+    engine = await fleet.add_engine("a")
+    await fleet.add_router(write_script(body))
+    await fleet.generate("r", attempt=3)
+    assert engine.calls[-1] == ("abort", "r", 3)

@@ -79,6 +79,15 @@ async def test_a_script_that_fails_too_often_is_rolled_back_and_the_history_says
     assert (broken.num_requests, broken.num_failures, broken.is_rolled_back) == (3, 3, True)
 
 
+async def test_a_script_that_was_set_twice_is_not_rolled_back_to_itself(two):
+    for _ in range(2):
+        await set_script(two, text_of(FAILING))
+    for number in range(3):
+        with pytest.raises(ScriptError):
+            await two.generate(f"r{number}")
+    assert (await look(two)).change.active.name == "to_a"
+
+
 async def test_failures_that_are_spread_thin_roll_nothing_back(two):
     body = """
 async def route(request, fleet):

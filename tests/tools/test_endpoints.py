@@ -1,5 +1,6 @@
 """Where nodes are reached: sockets of a run directory, or ports that stay theirs through every restart."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -85,3 +86,36 @@ def test_a_node_spec_carries_the_secret_and_does_not_show_it() -> None:
     assert msgspec.json.decode(msgspec.json.encode(spec), type=NodeSpec).keys == secret
     for shown in (repr(spec), str(spec), f"{[spec]}"):
         assert shown.strip("[]") == "NodeSpec('decode')"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_socket_of_several_frontends_listens_and_is_the_same_every_time(host: str) -> None:
+    with Endpoints("ipc", Path("/nowhere")) as endpoints:
+        fd = endpoints.listen(host, 0)
+        with socket.socket(fileno=os.dup(fd)) as shared:
+            address = shared.getsockname()
+            assert endpoints.listen(host, address[1]) == fd
+            socket.create_connection(address[:2]).close()
+        with Endpoints("ipc", Path("/elsewhere")) as others, pytest.raises(StartFailed) as refused:
+            others.listen(host, address[1])
+        assert str(refused.value).endswith("(address already in use): pass --port N for another one (0: any free one)")
+        endpoints.stop_listening()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address[:2])
+
+
+def test_a_port_that_others_share_among_themselves_is_taken() -> None:
+    with socket.socket() as other, Endpoints("ipc", Path("/nowhere")) as endpoints:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(StartFailed, match=r"address already in use"):
+            endpoints.listen("127.0.0.1", other.getsockname()[1])
+
+
+def test_an_address_that_is_not_of_this_machine_is_said_so() -> None:
+    with (
+        Endpoints("ipc", Path("/nowhere")) as endpoints,
+        pytest.raises(StartFailed, match=r"cannot listen on 192\.0\.2\.1"),
+    ):
+        endpoints.listen("192.0.2.1", 8000)

@@ -64,6 +64,8 @@ BAD = [
     ('name = "demo"', 'name = "demo"\n[listen]\napi_keys = "none.txt"', 3, "write one API key per line"),
     ('name = "demo"', 'name = "demo"\n[listen]\napi_keys = "broken.py"', 3, "a key is one word"),
     ('script = "disaggregate"', 'script = "broken.py"', 13, "broken.py:1"),
+    ('script = "disaggregate"', 'script = "spins.py"', 13, "spins.py:1: its code outside of functions did not end"),
+    ('script = "disaggregate"', 'script = "disaggregate"\nhang = "0s"', 14, "hang must be longer than nothing"),
     ('script = "disaggregate"', "", 11, "[[router]] lacks script"),
     ("[[router]]", "[router]", 11, "write [[router]] with double brackets"),
     ('name = "demo"', 'name = "demo"\nversion = 2', 2, "version must be 1, not 2"),
@@ -82,6 +84,11 @@ BAD = [
     ("[[router]]", "[listen]\nstall = nan\n[[router]]", 12, '"nan" is no duration'),
     ("[[router]]", '[listen]\nstall = "soon"\n[[router]]', 12, '"soon" is no duration'),
     ("[[router]]", '[listen]\nhttp = "localhost"\n[[router]]', 12, '"localhost" is no address'),
+    ("[[router]]", "[listen]\nfrontends = 0\n[[router]]", 12, "frontends must be 1 to 64, not 0"),
+    ("[[router]]", "[listen]\nfrontends = 1000000000\n[[router]]", 12, "frontends must be 1 to 64, not 1000000000"),
+    ("[[router]]", "[listen]\nfrontends = true\n[[router]]", 12, "frontends must be a whole number, not true"),
+    ("[[router]]", "[listen]\nfrontends = 2\nmicroserving = true\n[[router]]", 13, "needs frontends = 1"),
+    ("[[router]]", '[listen]\nfrontends = 2\n[[engine]]\nname = "frontend-1"\n[[router]]', 14, '"frontend-1" is taken'),
     ("[[router]]", '[listen]\nbus = "tcp://1.2.3.4:5"\n[[router]]', 12, 'run "callboard keys new keys"'),
     ("[[router]]", '[listen]\nbus = "tcp://[fe80::1]:5"\n[[router]]', 12, "other machines can reach bus"),
     ("[[router]]", '[listen]\nbus = "tcp://0.0.0.0:5"\n[[router]]', 12, 'nobody can dial "0.0.0.0"'),
@@ -104,8 +111,12 @@ def check(text: str, place: Any) -> None:
 
 
 @pytest.mark.parametrize(("old", "new", "line", "words"), BAD, ids=[case[1].strip() or case[0] for case in BAD])
-def test_a_bad_file_is_refused_with_line_and_remedy(place: Any, old: str, new: str, line: int, words: str) -> None:
+def test_a_bad_file_is_refused_with_line_and_remedy(
+    place: Any, monkeypatch: pytest.MonkeyPatch, old: str, new: str, line: int, words: str
+) -> None:
+    monkeypatch.setattr("callboard.tools.fleet_check.LOAD_S", 0.1)
     place.model()
+    place.write("while True: pass\n", "spins.py")
     place.write("async def route(request fleet):\n", "broken.py")
     place.write("raise SystemExit(3)\n", "leaves.py")
     with pytest.raises(FleetFileError) as caught:

@@ -71,6 +71,17 @@ def test_several_are_numbered_on_and_the_next_ones_after_them(place: Any) -> Non
     assert [(engine.name, engine.device) for engine in again.engines] == [("decode-3", "cpu:4")]
 
 
+def test_frontends_that_are_there_are_neither_planned_nor_counted_again(place: Any) -> None:
+    place.model()
+    more = "[listen]\nfrontends = 3"
+    growth = grown(place, AddEngines("decode"), more=more, taken=(*NODES, "frontend-0", "frontend-1", "frontend-2"))
+    assert [node.name for stage in growth.stages for node in stage] == ["kv-cpu2", "decode-1"]
+    assert growth.memory == grown(place, AddEngines("decode")).memory
+    assert growth.file.fleet.listen.frontends == 3
+    with pytest.raises(CliError, match='"frontend-1" is taken'):
+        grown(place, AddEngines("decode", name="frontend-1"), more=more)
+
+
 def test_on_a_device_that_has_a_manager_it_shares_the_pool(place: Any) -> None:
     place.model()
     growth = grown(place, AddEngines("decode", name="spare", device="cpu:1"))

@@ -92,10 +92,10 @@ def test_what_cannot_be_of_several_hosts_is_a_sentence(place: Any, before: str, 
         plan_of(place, "b", FILE.replace(before, after, 1))
 
 
-def test_the_fleet_file_of_the_readme_is_of_two_hosts(place: Any) -> None:
+def test_the_fleet_file_of_the_documents_is_of_two_hosts(place: Any) -> None:
     place.model()
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (text,) = [text for text in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if 'host = "b"' in text]
+    page = (Path(__file__).parents[2] / "docs/operating.md").read_text()
+    (text,) = [text for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if 'host = "b"' in text]
     text = text.replace('"embedded"', '"model"').replace("[models.smol]", "[models.tiny]")
     text = text.replace('keys = "keys"', "").replace("10.0.0.1", "127.0.0.1")
     assert [node.name for node in plan_of(place, "b", text).nodes] == ["kv-b-cpu", "decode"]

@@ -125,9 +125,9 @@ def test_whoever_lacks_the_key_is_told_what_to_do(place: Any) -> None:
     assert place.is_empty()
 
 
-def test_the_lines_of_the_readme_are_a_fleet_once_there_are_keys(place: Any) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+def test_the_lines_of_the_documents_are_a_fleet_once_there_are_keys(place: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs/operating.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     (lines,) = [text for text in blocks if "bus =" in text and "[[engine]]" not in text]
     fleet = actor_fleet(place, lines)
     assert "fleet.toml:4: keys: there is no key file" in place.callboard("check", fleet).stderr

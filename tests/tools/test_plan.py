@@ -13,6 +13,7 @@ from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import decode_fleet_file
 from callboard.tools.launcher import check_memory
 from callboard.tools.plan import Machine, Plan, Planner
+from callboard.tools.plan_control import FRONTEND_BYTES
 
 GIB = 1 << 30
 TWO = """\
@@ -34,7 +35,11 @@ device = "cpu:1"
 
 
 def make(
-    text: str, place: Any, run_dir: Path = Path("/run/x"), cores: tuple[int, ...] = (2, 5), **options: Any
+    text: str,
+    place: Any,
+    run_dir: Path = Path("/run/x"),
+    cores: tuple[int, ...] = (2, 5),
+    **options: Any,
 ) -> Plan:
     file = decode_fleet_file(text, source="fleet.toml", base=place.folder)
     check_fleet(file)
@@ -219,6 +224,19 @@ def test_one_router_is_beside_the_frontend_and_of_several_each_has_a_process(pla
     assert (frontend.get("router"), frontend["routers"]) == (None, [])
 
 
+@pytest.mark.parametrize(
+    ("listen", "router", "seconds"),
+    [("", "", 2.0), ("", 'hang = "500ms"', 0.5), ('silent = "1s"', "", 0.4), ("", 'hang = "1h"', 2.0)],
+)
+def test_a_script_is_interrupted_before_its_process_is_cut_off(
+    place: Any, listen: str, router: str, seconds: float
+) -> None:
+    place.model()
+    control = make(f"{TWO}[listen]\n{listen}\n{ROUTER.format('only')}{router}", place).nodes[0]
+    [config] = [actor.config for actor in control.actors if actor.name == "only"]
+    assert config["hung_s"] == seconds
+
+
 def test_the_frontend_does_not_ask_inner_routers(place: Any) -> None:
     place.model()
     text = TWO + ROUTER.format("outer") + ROUTER.format("inner") + "inner = true\n"
@@ -263,3 +281,38 @@ def test_a_file_of_api_keys_that_others_can_read_is_warned_of(place: Any) -> Non
     )
     path.chmod(0o600)
     assert make(text, place).warnings == ()
+
+
+def test_of_several_frontends_each_has_a_process_and_all_have_one_socket(place: Any) -> None:
+    place.model()
+    text = TWO.replace("[models.tiny]", "[listen]\nfrontends = 3\n[models.tiny]") + ROUTER.format("main")
+    with Endpoints("ipc", Path("/run/x")) as endpoints:
+        fd = endpoints.listen("127.0.0.1", 0)
+        plan = make(text, place, endpoints=endpoints)
+        names = ["frontend-0", "frontend-1", "frontend-2"]
+        assert [[node.name for node in stage] for stage in plan.stages] == [
+            ["control"],
+            ["kv-cpu0", "kv-cpu1", *names],
+            ["prefill", "decode"],
+        ]
+        assert [actor.name for actor in plan.nodes[0].actors] == ["directory", "main"]
+        for node in plan.nodes[3:6]:
+            [actor] = node.actors
+            assert (node.kind, node.dies_with_launcher, node.is_essential) == ("frontend", True, False)
+            assert (node.inherits, node.restart.backoff_s, node.restart.max_restarts) == ((fd,), 0.2, 5)
+            assert actor.config["shared"] == {"fd": fd, "names": names, "folder": "/run/x"}
+            assert (actor.name, actor.config["name"]) == (node.name, node.name)
+            assert actor.config["router"] == ["control", "ipc:///run/x/control.sock", "main"]
+            assert actor.config["models"]["tiny"]["roles"] == ["decode", "prefill"]
+        assert {node.inherits for node in plan.nodes if node.kind != "frontend"} == {()}
+        assert plan.memory.processes - make(TWO, place).memory.processes == 3 * FRONTEND_BYTES
+        assert (plan.url, plan.endpoints) == ("http://127.0.0.1:8123", endpoints)
+
+
+def test_a_joined_host_has_no_frontends(place: Any) -> None:
+    place.model()
+    text = TWO.replace("[models.tiny]", '[listen]\nbus = "tcp://127.0.0.1:0"\nfrontends = 2\n[models.tiny]')
+    text = text.replace('device = "cpu:1"', 'device = "cpu:1"\nhost = "b"')
+    with Endpoints("tcp://127.0.0.1:0", place.folder) as endpoints:
+        plan = make(text, place, endpoints=endpoints, host="b", keys=bytes(32))
+    assert [node.name for node in plan.nodes] == ["kv-b-cpu1", "decode"]

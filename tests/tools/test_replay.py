@@ -232,6 +232,16 @@ def test_a_fleet_file_says_what_to_simulate(tmp_path: Path, capsys: pytest.Captu
     assert jcts[1] < 0.7 * jcts[0]
 
 
+def test_what_is_simulated_needs_no_port(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.rec"
+    record(path, load(3))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes(msgspec.json.encode(CONFIG))
+    listen = '[listen]\nhttp = "192.0.2.1:8000"\nfrontends = 2\n'  # An address of another machine.
+    (tmp_path / "fleet.toml").write_text(FLEET.format(count=1) + listen)
+    assert len(replay(path, "--simulate", str(tmp_path / "fleet.toml"), capsys=capsys).requests) == 3
+
+
 # ---- what is fitted -------------------------------------------------------------------------------------------------
 
 

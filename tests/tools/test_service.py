@@ -142,6 +142,7 @@ def test_names_that_are_none_are_told_the_nearest_one(service: Service) -> None:
         ("restart", "kv-cpu", "--now"): 'there is no "kv-cpu" here: did you mean "kv-cpu1"?',
         ("restart", "kv-cpu1"): "kv-cpu1 is a KV manager, and its cache would be lost: restart it with --now",
         ("restart", "main"): "main is a router, which is not drained: restart it with --now",
+        ("restart", "frontend"): "frontend is the only frontend, in the control process",
         ("restart", "control", "--now"): 'without "control" there is no fleet',
         ("add", "engine", "--like", "decod"): 'there is no engine "decod" to be like: did you mean "decode"?',
         ("add", "engine", "--like", "decode", "--name", "prefill"): 'the fleet has a "prefill" already',

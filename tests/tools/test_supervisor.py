@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from waiting import until
 
+from callboard.actors.child import child_environment
 from callboard.actors.node_spec import ActorSpec, NodeKind, NodeSpec, RestartPolicy
 from callboard.actors.supervisor import NodeFailed, NodeState, Supervisor
 
@@ -35,11 +36,9 @@ class Pool(Actor):
 
 def spec(place: Any, name: str, kind: NodeKind, class_path: str, **options: Any) -> NodeSpec:
     endpoint, log = f"ipc://{place.folder}/{name}.sock", str(place.folder / f"{name}.log")
-    restart = RestartPolicy(backoff_s=0.01)
+    options.setdefault("restart", RestartPolicy(backoff_s=0.01))
     actors = (ActorSpec(name, class_path),)
-    return NodeSpec(
-        "test", name, kind, endpoint, actors, log, python_path=str(place.folder), restart=restart, **options
-    )
+    return NodeSpec("test", name, kind, endpoint, actors, log, python_path=str(place.folder), **options)
 
 
 @asynccontextmanager
@@ -70,10 +69,10 @@ async def test_a_manager_that_comes_back_has_a_new_pool(place: Any) -> None:
 async def test_nodes_stop_kind_by_kind(place: Any) -> None:
     states: list[NodeState] = []
     async with supervisor(place, states) as fleet:
-        kinds: list[NodeKind] = ["control", "kv_manager", "engine", "actor"]
+        kinds: list[NodeKind] = ["control", "frontend", "kv_manager", "engine", "actor"]
         await fleet.start([spec(place, f"a{kind}", kind, "my_actors:Ping") for kind in kinds])
     stopped = [each.kind for each in states if each.state == "stopped"]
-    assert stopped == ["actor", "engine", "kv_manager", "control"]
+    assert stopped == ["frontend", "actor", "engine", "kv_manager", "control"]
 
 
 async def test_a_node_that_hangs_is_killed_after_the_grace(place: Any) -> None:
@@ -103,6 +102,17 @@ async def test_an_essential_node_that_is_given_up_is_fatal(place: Any) -> None:
 
         await until(is_fatal_or_killed_again)
     assert fleet.states["ping"].num_restarts == once.restart.max_restarts
+
+
+async def test_the_last_of_a_kind_that_is_needed_is_fatal_when_it_is_given_up(place: Any) -> None:
+    async with supervisor(place, []) as fleet:
+        options = {"restart": RestartPolicy(is_enabled=False), "is_needed_of_its_kind": True}
+        await fleet.start([spec(place, name, "frontend", "my_actors:Ping", **options) for name in ("one", "two")])
+        os.kill(fleet.states["one"].pid, signal.SIGKILL)
+        await until(lambda: fleet.states["one"].state == "failed")
+        assert not fleet.fatal.is_set()
+        os.kill(fleet.states["two"].pid, signal.SIGKILL)
+        await until(fleet.fatal.is_set)
 
 
 def test_a_run_directory_belongs_to_one_at_a_time(place: Any) -> None:
@@ -143,3 +153,9 @@ async def test_whatever_a_node_says_of_its_failure_the_supervisor_reads_on(place
         with pytest.raises(NodeFailed, match=r"RuntimeError: .xxx"):
             await fleet.start([spec(place, "chatty", "actor", "chatty:Chatty")])
         assert fleet.error is None
+
+
+def test_threads_of_a_node_sleep_soon_unless_the_user_says_otherwise() -> None:
+    assert child_environment({}, 2)["GOMP_SPINCOUNT"] == "10000"
+    assert child_environment({"GOMP_SPINCOUNT": "7"}, 2)["GOMP_SPINCOUNT"] == "7"
+    assert "GOMP_SPINCOUNT" not in child_environment({"OMP_WAIT_POLICY": "ACTIVE"}, 2)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -32,7 +33,8 @@ def shape_of_file(path: str) -> tuple[str, Shape]:
     check_fleet(file)
     if not file.fleet.engine:
         raise CliError(f"{path} has no engines: nothing in it could serve a request")
-    plan = asyncio.run(_plan(file))
+    listen = msgspec.structs.replace(file.fleet.listen, frontends=1)  # A plan for several listens at the port.
+    plan = asyncio.run(_plan(replace(file, fleet=msgspec.structs.replace(file.fleet, listen=listen))))
     engines, managers, routers = [], [], []
     token_bytes, block_size = set(), set()
     for node in plan.nodes:

@@ -18,6 +18,7 @@ FAILURES = """
 roll-back: a script that fails by its own fault in 3 of its last 20 requests (--max-failures 3) is rolled back by the
 router itself: to the script before it, or, of a canary, to the active one. Engines that die, full pools, bad requests
 and clients that leave do not count. --max-failures 0 switches it off. See "callboard route history" for its traceback.
+A script that keeps the router from everything else is interrupted after "hang" of its fleet file (2 s), which counts.
 Requests in flight finish under the script they began with; only where it was rolled back for failing does a later
 attempt of theirs, after an engine's death, take the active one.
 """

@@ -62,7 +62,7 @@ class Run:
 
     def __init__(self, shared: Shared, request: Request, path: str) -> None:
         self.shared = dataclasses.replace(shared, router=noting(shared.router, self._asked, self._answered, path=path))
-        self.is_finished = False
+        self.is_finished = self.is_moved = False
         self.request = request
         self.verbs: list[str] = []
         self.generates_at: Address | None = None

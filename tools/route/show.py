@@ -134,7 +134,7 @@ def _print_trial(change: RouteChange, shadow: ShadowReport | None) -> None:
     print(f"           decided alike for {shadow.num_agreed} of {shadow.num_compared} requests{share}")
     print(
         f"           {shadow.num_failed} failed, {shadow.num_skipped} skipped to spare the requests, "
-        f"{shadow.num_unlike} not comparable"
+        f"{shadow.num_unlike} not comparable, {shadow.num_moved} left out because they moved"
     )
     _print_trace(shadow.last_error)
     for each in shadow.differing:

@@ -3,6 +3,8 @@
 An answer to "what time is it?" was given between our asking and our hearing it. So it bounds the offset between two
 clocks by half of the round trip to either side, and the bound holds a while: clocks of computers drift apart by less
 than 100 millionths. The bounds of all answers together are narrower than any one's.
+
+Who looks asks, not the nodes each other: nobody else needs to know, and the reader's links lead to every node.
 """
 
 from collections import deque

@@ -1,0 +1,1 @@
+"""The sides of bench/router.py, and its client."""
