@@ -184,6 +184,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if timer._cancelled:
                 self._timer_cancelled_count -= 1
             else:
+                # Before its time nothing runs: who finds by the clock that it is too early would wait anew for ever.
+                self.now = max(self.now, timer.when())
                 ready.append(timer)
         for _ in range(len(ready)):
             handle: Any = ready.popleft()

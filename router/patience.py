@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from callboard.actors.protocol import View
+from callboard.actors.protocol import Entry, View
 from callboard.bus import current_call
 
 from .request import Request
@@ -44,19 +44,33 @@ class Patience:
             await self._clock.sleep(min(PAUSE_S, self._left(request)))
         return True
 
+    def expects_engines(self, request: Request) -> bool:
+        """Return whether others than are ready now may still come, and the request is to wait for them."""
+        is_coming = bool(self._paroles(request, self._clock.now())) or self._is_starting(request)
+        return is_coming and self._left(request) > 0
+
     async def _waits_for_engine(self, request: Request, is_retry: bool) -> bool:
-        entries = [e for e in self._view.entries("engine") if e.model == request.model]
         now = self._clock.now()
-        suspected = [u for e in entries if (u := self._loads.suspected_until(e, now)) is not None]
-        is_starting = self._is_fleet_starting or any(e.state not in ("ready", "draining") for e in entries)
-        is_coming = is_retry or bool(suspected) or is_starting
+        paroles = self._paroles(request, now)  # Looked at once: one that ends meanwhile is not waited for longer.
+        is_coming = is_retry or bool(paroles) or self._is_starting(request)
         left = self._left(request)
         if not is_coming or left <= 0:
             return False
         before = self._offered(request)
-        next_parole = min((until - now for until in suspected), default=left)
+        next_parole = min((until - now for until in paroles), default=left)
         await self._wait(request, lambda _: self._offered(request) != before, min(left, next_parole))
         return True
+
+    def _entries(self, request: Request) -> list[Entry]:
+        return [entry for entry in self._view.entries("engine") if entry.model == request.model]
+
+    def _is_starting(self, request: Request) -> bool:
+        states = {entry.state for entry in self._entries(request)}
+        return self._is_fleet_starting or not states <= {"ready", "draining"}
+
+    def _paroles(self, request: Request, now: float) -> list[float]:
+        """Return until when engines are suspected."""
+        return [u for e in self._entries(request) if (u := self._loads.suspected_until(e, now)) is not None]
 
     def _left(self, request: Request) -> float:
         return min(self._until - self._clock.now(), request.deadline)
@@ -65,10 +79,8 @@ class Patience:
         now = self._clock.now()
         return [
             (entry.name, entry.address, entry.manager, entry.started, entry.roles)
-            for entry in self._view.entries("engine")
-            if entry.model == request.model
-            and entry.state == "ready"
-            and self._loads.suspected_until(entry, now) is None
+            for entry in self._entries(request)
+            if entry.state == "ready" and self._loads.suspected_until(entry, now) is None
         ]
 
     async def _wait(self, request: Request, predicate: Callable[[View], bool], seconds: float) -> None:

@@ -86,7 +86,7 @@ async def run_script(
             raise
         verdict = _verdict(script, fleet, request, error)
         error_words = words_of(verdict)[:MOST_ERROR]
-        failure = fault_in(verdict, error, attempt, script)
+        failure = fault_in(verdict, error, attempt, script, patience)
         if verdict is error:
             raise
         raise verdict from error

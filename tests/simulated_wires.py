@@ -23,6 +23,8 @@ class WireNetwork:
         self.delay_s = delay_s
         self.break_share = break_share
         self.num_messages = 0
+        self.num_breaks = 0
+        """Cables that broke by themselves."""
         self.cables: dict[str, _Cable] = {}
         """Those that somebody was invited to, by their address."""
 
@@ -82,6 +84,7 @@ class _Cable:
         for end in (*cuts, len(data)):
             await network.delay()
             if network.rng.random() < network.break_share:
+                network.num_breaks += not self.is_broken
                 self.snap()
             if self.is_broken:
                 raise WireBroken("the cable is broken")
@@ -144,6 +147,7 @@ class _End:
 
     def __init__(self, cable: _Cable) -> None:
         self._cable = cable
+        self._is_closed = False
         self._under_way: dict[asyncio.Future[None], None] = {}
 
     async def send(self, tag: int, data: memoryview) -> None:
@@ -158,6 +162,9 @@ class _End:
             await asyncio.wait(self._under_way)
 
     async def _see_out(self, transfer: Coroutine[Any, Any, None]) -> None:
+        if self._is_closed:  # Here, which is known at once: as a real wire says it.
+            transfer.close()
+            raise WireBroken("it is closed")
         self._under_way[done := asyncio.get_running_loop().create_future()] = None
         try:
             await transfer
@@ -166,6 +173,7 @@ class _End:
             _wake(done)
 
     def close(self) -> None:
+        self._is_closed = True
         self._cable.snap()
 
 

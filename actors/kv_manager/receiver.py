@@ -7,6 +7,7 @@ of it.
 """
 
 import asyncio
+from contextlib import suppress
 
 from callboard.actors.protocol import Done, TakePages, Tie, Tied
 from callboard.bus import BusError, Call, LinkLost
@@ -87,11 +88,15 @@ class Receiver:
         self._lines: dict[str, Line] = {}
 
     async def hold_wires(self) -> None:
-        """End all of the manager's wires when this is cancelled."""
+        """End all of the manager's wires when this is cancelled; return when they have ended."""
         try:
             await asyncio.get_running_loop().create_future()
         finally:
-            await self._manager.wires.close()
+            closing = asyncio.ensure_future(self._manager.wires.close())
+            while not closing.done():
+                with suppress(asyncio.CancelledError):  # After a crash it is cancelled again, when the process stops.
+                    await asyncio.shield(closing)
+            closing.result()
 
     async def welcome(self, message: Tie) -> tuple[Tied, Line | None]:
         """Return what a writer that ties up is told, and what it will send over if that is a wire.

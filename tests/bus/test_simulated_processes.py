@@ -283,3 +283,17 @@ async def test_what_was_sent_before_a_node_dialled_anew_does_not_come_after_it()
     await asyncio.sleep(2.0)
     assert pair.counter.heard == [0, 2]
     await pair.near.stop()
+
+
+@in_virtual_time
+async def test_no_timer_runs_before_its_time() -> None:
+    loop = asyncio.get_running_loop()
+    just_before_s = 2.2 - 4e-16
+    assert just_before_s < 2.2
+    await asyncio.sleep(just_before_s)
+    assert loop.time() == just_before_s
+    due_s: list[float] = []
+    loop.call_at(2.2, lambda: due_s.append(loop.time()))
+    while not due_s:
+        await asyncio.sleep(0)  # While others have something to do.
+    assert due_s == [2.2], "whoever looks at the clock and waits anew goes round in a circle"

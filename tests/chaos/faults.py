@@ -130,6 +130,7 @@ class Faults:
 
     def _goes_down(self, fault: Fault, machine: Machine) -> None:
         machine.restart_s = fault.seconds
+        self.world.num_deaths += machine.kind in ("engine", "kv_manager")
         self._begin()
         num_starts = machine.num_starts
         self._in(0.0, lambda: asyncio.get_running_loop().create_task(self._await_return(machine, num_starts)))

@@ -6,7 +6,7 @@ from random import Random
 
 from callboard.actors.engine.simulated import Simulation, simulated_tokens
 from callboard.actors.protocol import BadRequest, Generate, PrepRecv, Release, RemoteSend, Token
-from callboard.bus import BusError, NotUnderstood, RemoteError
+from callboard.bus import ActorDied, BusError, LinkLost, NotUnderstood, RemoteError
 from callboard.kv.tokens import pack_tokens
 from callboard.router import ScriptError
 
@@ -17,6 +17,10 @@ from .world import Machine, World, address_of
 DEADLINE_S = 100.0
 NEVER = (BadRequest, NotUnderstood, RemoteError, ScriptError)
 """What no fault may cause: a request here is a good one, and so is every script."""
+MOST_HITS = 2
+"""Deaths, one after another, that a request survives whatever it had: it may be the one that kills (recovery.py)."""
+GONE = "What served this request is gone"
+"""What the frontend says of such a death."""
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Request:
     """waiting, asked, finished, failed, left (its client did, or died)"""
     tokens: list[int] = field(default_factory=list)
     error: Exception | None = None
+    num_hits_before: int = 0
+    """What had struck the fleet when it was asked."""
     ended_s: float = 0.0
     is_lost: bool = False
     is_repeated: bool = False
@@ -74,7 +80,7 @@ class Load:
     async def _run(self, request: Request, machine: Machine) -> None:
         asking = request.asking
         await asyncio.sleep(asking.at_s)
-        request.state = "asked"
+        request.state, request.num_hits_before = "asked", self.world.num_hits
         try:
             if asking.frontend_seed is not None:
                 await self._run_frontend(request, asking.frontend_seed, machine)
@@ -162,8 +168,13 @@ class Load:
         self.world.note(f"{request.asking.request_id} {state} after {len(request.tokens)} tokens{why}")
         if isinstance(request.error, NEVER):
             self._wrong(request, f"no fault may cause {request.error!r}")
-        elif state == "failed" and self.world.is_calm:
+        elif state == "failed" and self.world.is_calm and not self._was_hit_too_often(request):
             self._wrong(request, f"it failed without a fault: {request.error!r}")
+
+    def _was_hit_too_often(self, request: Request) -> bool:
+        """Return whether it ended by the last of as many deaths as end any request."""
+        is_death = isinstance(request.error, ActorDied | LinkLost) or GONE in str(request.error)
+        return is_death and self.world.num_hits - request.num_hits_before > MOST_HITS
 
     def _wrong(self, request: Request, what: str, *, is_lost: bool = False, is_repeated: bool = False) -> None:
         request.is_lost |= is_lost

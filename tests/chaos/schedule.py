@@ -155,7 +155,8 @@ class Schedule:
     def may_fail(self) -> bool:
         """Whether a request may end badly that does not leave by itself.
 
-        It may not where only engines and managers die: others take over, or the same when they are back.
+        It may not where only engines and managers die: others take over, or the same when they are back. But for
+        those that too many deaths hit (load.py).
         """
         deaths = ("kill", "crash", "stop")
         nodes = {*self.engines, *self.managers.values(), "guest"}

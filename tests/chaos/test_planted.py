@@ -8,8 +8,11 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
+
+from callboard.router import recovery
 
 from .harness import run_seed
 from .planted import PLANTED
@@ -67,6 +70,20 @@ SEARCHES = {
         WRONG_TOKEN, first=22, is_worth_it=lambda schedule: schedule.num_host_blocks > 0
     ),
 }
+
+
+THREE_DEATHS = 587
+"""A seed in which three deaths in a row hit the same requests, and nothing else goes wrong."""
+
+
+def test_a_request_may_end_with_the_third_death_in_a_row_and_with_none_before() -> None:
+    outcome = run_seed(THREE_DEATHS)
+    assert sum(outcome.faults.values()) == 3
+    num_left = 2
+    assert (outcome.problems, outcome.num_failed) == ([], num_left + 3), "what seeds stand for has changed: look anew"
+    with patch.object(recovery, "NUM_ATTEMPTS", 2):
+        problems = run_seed(THREE_DEATHS).problems
+    assert any("it failed without a fault" in problem for problem in problems)
 
 
 def test_every_bug_is_searched_for() -> None:

@@ -191,7 +191,9 @@ class World:
         self.log: list[tuple[Any, ...]] = []
         self.is_closing = False
         self.is_calm = not schedule.may_fail
-        """What goes wrong, the fleet recovers from: every request must bring its tokens."""
+        """What goes wrong, the fleet recovers from: every request must bring its tokens, unless it is hit too often."""
+        self.num_deaths = 0
+        """Of engines and KV managers, as faults planned them."""
         self.num_continued = self.num_held = 0
         self.on_message: Callable[[Machine, str, str], None] = lambda machine, direction, kind: None
         self._supervisors: list[asyncio.Task[None]] = []
@@ -267,6 +269,11 @@ class World:
 
     def _router(self) -> RouterActor:
         return RouterActor(RouterActor.Config(script=self.schedule.script, options=self.schedule.options))
+
+    @property
+    def num_hits(self) -> int:
+        """What may have ended an attempt so far: deaths, and wires that broke by themselves."""
+        return self.num_deaths + self.wires.num_breaks
 
     def mend_wires(self) -> None:
         """Have no wire break any more."""

@@ -173,6 +173,19 @@ async def test_a_role_whose_only_engine_is_dead_is_not_the_scripts_fault(two):
     assert (await look(two)).change.active.name == "disaggregate"
 
 
+async def test_a_role_whose_engines_are_yet_to_come_is_not_the_scripts_fault(fleet):
+    await fleet.add_engine("p", "prefill")
+    await fleet.add_router("least_loaded")
+    await set_script(fleet, read_script("disaggregate", {}))
+    asking = [asyncio.ensure_future(fleet.generate(f"r{number}")) for number in range(3)]
+    await asyncio.sleep(2.0)
+    await fleet.add_engine("d", "decode")
+    assert await asyncio.gather(*asking) == [[100, 101, 102]] * 3
+    report = await look(fleet)
+    assert report.change.active.name == "disaggregate"
+    assert [each.num_failures for each in report.versions] == [0] * len(report.versions)
+
+
 async def test_a_script_that_waits_for_nothing_until_the_deadline_is_to_blame(two):
     await set_script(two, text_of("async def route(request, fleet):\n    await asyncio.sleep(1e6)\n    yield\n"))
     for number in range(3):

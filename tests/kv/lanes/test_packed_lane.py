@@ -130,6 +130,27 @@ def test_a_write_that_is_over_is_right_or_failed_and_touches_nothing_more(
     assert not ends - {"NoneType", "cancelled", "LaneClosed", "Refusal", "LinkLost"}
 
 
+def test_all_that_is_written_after_the_wires_were_closed_has_ended_at_once() -> None:
+    async def main() -> None:
+        network = WireNetwork(VirtualClock(), Random(1))
+        sending = network("p")
+        invitation = await network("d").invite()
+        wire = await sending.connect(invitation.address, invitation.secret)
+        far = Far(invitation.inlet, network, refuse_share=0.0)
+        lane = PackedLane("ucx", wire, far.take, dtype="float32", new_tag=sending.new_tag)
+        source = PageStore.in_process(LAYOUT, NUM_BLOCKS)
+        runs = scattered(Random(1), 4)
+        await sending.close()
+        begin_s = asyncio.get_running_loop().time()
+        with pytest.raises(LaneClosed):
+            await lane.write(source, PageWrite("r", "e", "w", 0, 4, range(3), runs, runs))
+        assert asyncio.get_running_loop().time() == begin_s
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert lane.staging.num_lent == 0
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float8_e4m3"])
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 33, 1000])
 @pytest.mark.parametrize("piece_bytes", [100, 1000, 1 << 20])

@@ -23,9 +23,10 @@ from two_managers import (
     send,
 )
 
+from callboard.actors.actor import stop_actor
 from callboard.actors.kv_manager import receiver
 from callboard.actors.protocol import CloseWrite, Done, OpenWrite, Release, Reserved, TakePages, Tie
-from callboard.bus import FOREVER, LinkLost, Ref, Refusal, VirtualClock
+from callboard.bus import FOREVER, ActorDied, LinkLost, Ref, Refusal, VirtualClock
 from callboard.bus.testing import run_virtual
 from callboard.kv.lanes import TRAILER_BYTES, WireBroken
 from callboard.kv.layout import BadRange, StaleReservation
@@ -258,6 +259,26 @@ async def test_one_that_gives_up_waiting_does_not_free_the_buffer_that_is_being_
         await sender.wire.send(77, memoryview(sender.pages + (77).to_bytes(TRAILER_BYTES, "little")))
         await asyncio.sleep(0.1)
         assert line.staging.num_lent == 0
+
+
+@over_wires()
+async def test_a_manager_that_crashed_has_stopped_when_nothing_goes_over_its_wires_any_more(fleet: Fleet) -> None:
+    reserved = await fleet.at("d").ask(prep(PROMPT, 10))
+    sending = asyncio.ensure_future(fleet.at("p").ask(send(reserved, PROMPT)))
+    manager = fleet.actors.pop("p")
+
+    def num_under_way() -> int:
+        return sum(len(end._under_way) for end in manager.wires._ends)
+
+    while not num_under_way():
+        await asyncio.sleep(1e-4)
+    fleet.nodes["p"].crash("p", RuntimeError("planted"))
+    await asyncio.sleep(0)  # What ends its tasks has begun; now its process stops, and ends them once more.
+    await asyncio.sleep(0)
+    await stop_actor(manager)
+    assert not num_under_way()
+    with pytest.raises(ActorDied, match="planted"):
+        await sending
 
 
 @over_wires()
