@@ -91,12 +91,13 @@ class Receiver:
         """End all of the manager's wires when this is cancelled; return when they have ended."""
         try:
             await asyncio.get_running_loop().create_future()
-        finally:
+        except asyncio.CancelledError:  # And not finally: what is only collected has no loop to close on.
             closing = asyncio.ensure_future(self._manager.wires.close())
             while not closing.done():
                 with suppress(asyncio.CancelledError):  # After a crash it is cancelled again, when the process stops.
                     await asyncio.shield(closing)
             closing.result()
+            raise
 
     async def welcome(self, message: Tie) -> tuple[Tied, Line | None]:
         """Return what a writer that ties up is told, and what it will send over if that is a wire.
