@@ -142,6 +142,8 @@ class RouterActor(RouteChanges):
             )
             async with aclosing(recovery.tokens(begin_s)) as tokens:
                 async for token in tokens:
+                    if token.finish_reason is not None:
+                        self._in_flight.answered(admitted)
                     yield token
         except Hung as hung:  # Where a script's code runs that is not its route, such as that of its options.
             raise ScriptError(

@@ -87,22 +87,26 @@ async def _give_back(attempt: Attempt) -> None:
 
 
 class InFlight:
-    """All of them. ``enter`` and ``leave`` a request."""
+    """All of them. ``enter`` and ``leave`` a request.
+
+    Its place is free from its last token on, whatever its script still does: whoever has an answer may ask again.
+    """
 
     def __init__(self, router: Actor, routes: Routes, most: int) -> None:
         self._router = router
         self._routes = routes
         self._most = most
         self._admitted: dict[Admitted, None] = {}
+        self._places: dict[Admitted, None] = {}
         self._looking: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._admitted)
+        return len(self._places)
 
     def check(self) -> None:
         """Raise QueueFull if there is no place for another."""
-        if len(self._admitted) >= self._most:
-            raise QueueFull(num_in_flight=len(self._admitted), max_queue=self._most)
+        if len(self._places) >= self._most:
+            raise QueueFull(num_in_flight=len(self._places), max_queue=self._most)
 
     def enter(self, call: Call, deadline: Deadline) -> Admitted:
         """Admit the request that the present task serves."""
@@ -110,15 +114,20 @@ class InFlight:
         task = asyncio.current_task()
         assert task is not None
         admitted = Admitted(call, deadline, task)
-        self._admitted[admitted] = None
+        self._admitted[admitted] = self._places[admitted] = None
         if self._looking is None or self._looking.done():
             # Not of this request: it looks for all.
             self._looking = contextvars.Context().run(self._router.spawn, self._look())
         return admitted
 
+    def answered(self, admitted: Admitted) -> None:
+        """Note that its last token goes out."""
+        self._places.pop(admitted, None)
+
     def leave(self, admitted: Admitted) -> None:
         """Note that it was served. A repeat does nothing."""
         self._admitted.pop(admitted, None)
+        self._places.pop(admitted, None)
 
     async def _look(self) -> None:
         """Give up what is overdue, as long as anything is in flight."""
@@ -127,5 +136,5 @@ class InFlight:
             await clock.sleep(LOOK_S)
             now = clock.now()
             for admitted in [each for each in self._admitted if each.is_overdue(now)]:
-                del self._admitted[admitted]
+                self.leave(admitted)
                 admitted.give_up(self._routes)

@@ -284,6 +284,25 @@ async def test_admission_is_bounded(fleet):
     assert await fleet.generate("r4") == [100, 101, 102]
 
 
+async def test_who_has_the_last_token_has_the_place_too(fleet, write_script):
+    body = """
+async def route(request, fleet):
+    async for token in fleet.engines[0].start_generate(request):
+        yield token
+    await asyncio.sleep(5.0)
+"""
+    await fleet.add_engine("a")
+    await fleet.add_router(write_script(body), max_queue=1)
+    for number in range(3):
+        async with fleet.stream(f"r{number}") as tokens:
+            while (await anext(tokens)).finish_reason is None:
+                pass
+            async with fleet.stream(f"at-once-{number}") as others:
+                assert (await anext(others)).position == 0
+    await asyncio.sleep(10.0)
+    assert fleet.is_clean()
+
+
 async def test_a_request_ends_at_its_deadline(fleet):
     engine = await fleet.add_engine("a")
     await fleet.add_router("least_loaded", deadline_s=5.0)
