@@ -21,7 +21,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -38,6 +37,8 @@ from _strategies.model import Shape, make_model
 from _strategies.records import Records, Setup
 from _strategies.strategies import digests_of, strategies_here
 from _strategies.verdict import tell
+
+from callboard.tools.machine import claim_port
 
 BUDGETS = (96, 256, 1024)
 POOL_TOKENS = 1 << 17
@@ -68,7 +69,7 @@ async def measure(folder: Path, records: Records, cells: list[Cell], options: An
     make_model(setup.shape, folder / "model", is_simulated=setup.is_simulated)
     fleet_options: dict[str, Any] = {
         "pool_tokens": POOL_TOKENS,
-        "port": free_port(),
+        "port": claim_port("127.0.0.1", 0),
         "is_simulated": setup.is_simulated,
     }
     async with (
@@ -95,13 +96,6 @@ async def measure(folder: Path, records: Records, cells: list[Cell], options: An
                     break
                 await measurer.measure(cell)
             clock.say(f"round {number + 1} of {options.rounds}: {measurer.seconds_of(cells) / 60:.1f} minutes are left")
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return int(some.getsockname()[1])
 
 
 async def run(records: Records, cells: list[Cell], options: Any) -> None:

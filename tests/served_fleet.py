@@ -136,6 +136,16 @@ def samples_of(text: str) -> Scraped:
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 
+def requests_by_frontend(scraped: Scraped) -> dict[str, float]:
+    """Return how many requests each of several frontends has counted."""
+    found: dict[str, float] = {}
+    for (name, labels), number in scraped.items():
+        if name == "callboard_requests_total":
+            frontend = dict(labels)["frontend"]
+            found[frontend] = found.get(frontend, 0.0) + number
+    return found
+
+
 def value(scraped: Scraped, name: str, **labels: str) -> float:
     """Return the one sample of that name whose labels are, or include, these. Raises ValueError if there are others."""
     wanted = frozenset(labels.items())

@@ -61,8 +61,6 @@ class Plan:
     warnings: tuple[str, ...] = ()
     facts: dict[str, ModelFacts] = field(default_factory=dict)
     """What the models are, by name."""
-    endpoints: Endpoints | None = None
-    """What holds the ports of the nodes, for as long as they may be started."""
 
     @property
     def nodes(self) -> tuple[NodeSpec, ...]:
@@ -141,7 +139,6 @@ class Planner:
             tuple(dict.fromkeys(self.model_of(engine) for engine in self.fleet.engine)),
             tuple(self.warnings),
             dict(self.facts),
-            self.endpoints,
         )
 
     # ---- addresses and shared parts ------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -19,15 +18,17 @@ from _strategies.processor import cpu_seconds
 from callboard.actors.node_spec import NodeSpec
 from callboard.actors.supervisor import Supervisor
 from callboard.bus import Address, Node
+from callboard.tools.endpoints import IPC, Endpoints
 from callboard.tools.fleet_check import check_fleet
 from callboard.tools.fleet_file import decode_fleet_file
-from callboard.tools.machine import allowed_cores, total_memory
+from callboard.tools.machine import allowed_cores, claim_port, total_memory
 from callboard.tools.plan import Machine, Planner
 
 from .client import connect
 from .events import MODELS, STEP_S, request
 
 PEER = "vllm-router"
+HERE = "127.0.0.1"
 KINDS = ("raw", "fastapi")
 NUM_WORKERS = 2
 READY_S = 60.0
@@ -87,20 +88,13 @@ def lacks_peer() -> str:
     return f"{', '.join(missing)} is not installed (pip install -e '.[bench]')" if missing else ""
 
 
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return int(some.getsockname()[1])
-
-
 # ---- Callboard -----------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def running_fleet(folder: Path, num_frontends: int) -> AsyncIterator[Side]:
     """Start what ``callboard up`` would: so many frontends, as many routers, and two simulated engines a model."""
-    name, port = f"bench-{num_frontends}", free_port()
+    name, port = f"bench-{num_frontends}", claim_port(HERE, 0)
     model = folder / "model"
     if not model.exists():
         write_model(model)
@@ -111,7 +105,9 @@ async def running_fleet(folder: Path, num_frontends: int) -> AsyncIterator[Side]
     run_dir.mkdir(mode=0o700)
     (run_dir / "logs").mkdir()
     machine = Machine(allowed_cores(), total_memory())
-    plan = Planner(file, run_dir=run_dir, models=dict.fromkeys(MODELS, model), machine=machine, port=port).plan()
+    endpoints = Endpoints(IPC, run_dir)  # It holds the port of several frontends for as long as it is there.
+    models = dict.fromkeys(MODELS, model)
+    plan = Planner(file, run_dir=run_dir, models=models, machine=machine, port=port, endpoints=endpoints).plan()
     supervisor = Supervisor(environment=os.environ, grace_s=3.0)
     try:
         for stage in plan.stages:
@@ -130,6 +126,7 @@ async def running_fleet(folder: Path, num_frontends: int) -> AsyncIterator[Side]
         )
     finally:
         supervisor.kill()
+        endpoints.stop_listening()
         await supervisor.stop()
 
 
@@ -173,15 +170,15 @@ def write_model(folder: Path) -> None:
 @asynccontextmanager
 async def running_peer(kind: str) -> AsyncIterator[Side]:
     """Start vllm-router in front of two mock workers of a kind."""
-    ports = [free_port() for _ in range(NUM_WORKERS)]
+    ports = [claim_port(HERE, 0) for _ in range(NUM_WORKERS)]
     async with contextlib.AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(process_of("_router.worker", str(port), kind)) for port in ports]
         for port in ports:
             await until_served(port)
-        port = free_port()
+        port = claim_port(HERE, 0)
         urls = [f"http://127.0.0.1:{each}" for each in ports]
         options = ["--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin", "--log-level", "error"]
-        options += ["--worker-startup-check-interval", "1", "--prometheus-port", str(free_port())]
+        options += ["--worker-startup-check-interval", "1", "--prometheus-port", str(claim_port(HERE, 0))]
         launched = process_of("vllm_router.launch_router", *options, "--worker-urls", *urls)
         router = await stack.enter_async_context(launched)
         await until_served(port)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from callboard.tools.machine import claim_port
+
 BENCH = Path(__file__).parent.parent.parent / "bench"
 
 
@@ -73,9 +75,9 @@ async def test_an_answer_that_is_no_success_is_an_error() -> None:
 
 async def test_mock_workers_send_an_event_for_each_token() -> None:
     from _router import client
-    from _router.sides import free_port, process_of, until_served
+    from _router.sides import process_of, until_served
 
-    port = free_port()
+    port = claim_port("127.0.0.1", 0)
     async with process_of("_router.worker", str(port), "raw"):
         await until_served(port)
         load = await client.streams(port, "free", 8, 20)

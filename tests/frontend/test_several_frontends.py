@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from served_fleet import Scraped, samples_of
+from served_fleet import Scraped, requests_by_frontend, samples_of
 from waiting import PATIENCE_S, until
 
 from callboard.actors.actor import stop_actor
@@ -24,15 +24,6 @@ SMALL, LARGE = 4 << 10, 1 << 20
 
 def labels_of(scraped: Scraped) -> set[Any]:
     return set(scraped)
-
-
-def requests_by_frontend(scraped: Scraped) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for (name, labels), number in scraped.items():
-        if name == "callboard_requests_total":
-            frontend = dict(labels)["frontend"]
-            found[frontend] = found.get(frontend, 0.0) + number
-    return found
 
 
 async def scrape(door: Any) -> Scraped:

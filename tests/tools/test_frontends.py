@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from served_fleet import Scraped, ServedFleet, in_a_thread, samples_of, state_of
+from served_fleet import ServedFleet, in_a_thread, requests_by_frontend, samples_of, state_of
 from waiting import PATIENCE_S
 
 from callboard.actors.stats_protocol import GetFrontendStats
@@ -63,15 +63,6 @@ def in_flight(fleet: ServedFleet) -> dict[str, int]:
     return in_a_thread(look)
 
 
-def requests_of(scraped: Scraped) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for (name, labels), number in scraped.items():
-        if name == "callboard_requests_total":
-            frontend = dict(labels)["frontend"]
-            found[frontend] = found.get(frontend, 0.0) + number
-    return found
-
-
 @contextmanager
 def asking(fleet: ServedFleet) -> Iterator[list[Any]]:
     """Have three clients ask again and again, each with connections of its own; yield what was answered."""
@@ -117,15 +108,15 @@ def test_whichever_frontend_is_scraped_the_numbers_are_the_same(fleet: ServedFle
         eventually(lambda: len(answers) >= 30)
     assert set(answers) == {200}
     scraped = [fleet.scrape()]
-    eventually(lambda: sum(requests_of(fleet.scrape()).values()) >= len(answers))
+    eventually(lambda: sum(requests_by_frontend(fleet.scrape()).values()) >= len(answers))
     scraped += [fleet.scrape() for _ in range(6)]
-    assert set(requests_of(scraped[-1])) == set(NAMES)
+    assert set(requests_by_frontend(scraped[-1])) == set(NAMES)
     assert len({frozenset(each) for each in scraped[1:]}) == 1, "no series comes and goes"
     for before, after in pairwise(scraped):
         counters = [key for key in before if key[0].endswith(("_total", "_count", "_sum", "_bucket"))]
         assert all(after[key] >= before[key] for key in counters), "no number shrinks"
     text = fleet.place.callboard("metrics", "test").stdout
-    assert requests_of(samples_of(text)) == requests_of(scraped[-1]), "each number is printed once"
+    assert requests_by_frontend(samples_of(text)) == requests_by_frontend(scraped[-1]), "each number is printed once"
 
 
 def test_a_frontend_that_is_killed_costs_its_own_connections_alone(fleet: ServedFleet, eventually: Eventually) -> None:
@@ -147,7 +138,7 @@ def test_a_frontend_that_is_killed_costs_its_own_connections_alone(fleet: Served
     assert (rows["frontend-0"]["num_restarts"], rows["frontend-1"]["num_restarts"]) == (1, 0)
     assert rows["frontend-1"]["pid"] == pids["frontend-1"]
     with asking(fleet) as answers:
-        eventually(lambda: requests_of(fleet.scrape()).get("frontend-0", 0) > 0)
+        eventually(lambda: requests_by_frontend(fleet.scrape()).get("frontend-0", 0) > 0)
     assert set(answers) == {200}
 
 
